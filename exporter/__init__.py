@@ -1,0 +1,1 @@
+"""PyTorch in, neutral graphs and artifacts out."""

@@ -1,0 +1,73 @@
+"""The door for anyone's own encoder-decoder: what a module must offer, and the caches it is given.
+
+A custom model is an ``nn.Module`` with two methods and a few facts, nothing to inherit from:
+
+    class MyModel(nn.Module):
+        special_ids = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        max_length = 64                    # target positions the model knows (optional)
+        tokenizers = {"source": "source.json", "target": "target.json"}   # tokenizers' JSON files (optional)
+
+        def encode(self, input_ids, attention_mask):      # int64 [B,T], int64 [B,T] (1: token, 0: padding)
+            return memory                                 # [B,T,M]
+
+        def decode(self, tokens, memory, cache):          # int64 [R,Q], [B,T,M]; R is B times the number of beams
+            ... = self.position_table[cache.positions]    # cache.positions: int64 [R,Q]
+            ... = cache.self_attention(layer, q, k, v)    # each [R,H,Q,D] -> [R,H,Q,D]; causal, scaled by D ** -0.5
+            ... = cache.cross_attention(layer, q, lambda: (k, v))   # k, v [B,H,T,D], computed from memory when asked
+            return logits                                 # [R,Q,V]
+
+The cache owns masks, positions and buffers; the module never sees them. In training, ``FullSequence`` is the cache.
+It does not know about graphs: ``trace`` brings a cache of its own that writes into buffers.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+CrossKV = Callable[[], tuple[Tensor, Tensor]]
+
+
+class DecodeCache(Protocol):
+    """What ``decode`` is given: positions, and the two attentions of a decoder layer."""
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [R,Q]: the position of every query token in its own row."""
+
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention over this and all earlier tokens of the row; q, k, v and the result are [R,H,Q,D]."""
+
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
+        """Attention over the source; ``kv()`` gives K and V, each [B,H,T,D], and is called only when they are not cached."""
+
+
+class CustomEncoderDecoder(Protocol):
+    """The protocol itself; see the module's docstring."""
+
+    special_ids: dict[str, int]
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor: ...
+
+
+class FullSequence:
+    """The cache of training and of reference runs: all tokens at once, from position 0, nothing kept.
+
+    Args:
+        tokens: int64 [B,Q], only for its shape.
+        attention_mask: int64 or bool [B,T], 1 where the source has a token.
+    """
+
+    def __init__(self, tokens: Tensor, attention_mask: Tensor) -> None:
+        self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        self._source = attention_mask.bool()[:, None, None, :]
+
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
+        return scaled_dot_product_attention(q, *kv(), attn_mask=self._source)

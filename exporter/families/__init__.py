@@ -1,0 +1,32 @@
+"""Every family txopt knows, as one literal; a family costs one file and one line here."""
+
+from txopt.exporter.families import bart, bert, gpt2, m2m_100, marian, t5, vision, whisper
+from txopt.exporter.families.family import Family
+from txopt.runtime.errors import SourceError
+
+FAMILIES: tuple[Family, ...] = (
+    t5.T5,
+    bart.BART,
+    bart.MBART,
+    marian.MARIAN,
+    marian.PEGASUS,
+    m2m_100.M2M100,
+    whisper.WHISPER,
+    vision.VISION_ENCODER_DECODER,
+    bert.BERT,
+    bert.ROBERTA,
+    bert.DISTILBERT,
+    gpt2.GPT2,
+)
+
+
+def find(model_type: str) -> Family:
+    """The family of a configuration's ``model_type``."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    raise SourceError(
+        f"no family knows model_type {model_type!r}; known: {known}. A module of your own goes through the custom door: "
+        "txopt export package.module:factory OUT (docs/custom.md)"
+    )

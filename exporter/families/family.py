@@ -1,0 +1,51 @@
+"""What a family of models is to txopt: data, and at most one named hook."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from txopt.exporter.source import Input
+
+Hook = Callable[[nn.Module], nn.Module]
+
+TEXT = (
+    Input(name="input_ids", dtype="int64", axes=("B", "T")),
+    Input(name="attention_mask", dtype="int64", axes=("B", "T")),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """A decoder's table of positions: the module's path, and what it adds to a position before looking it up."""
+
+    path: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family, in one place.
+
+    Args:
+        model_types: the ``model_type`` values of transformers' configurations.
+        kind: "encoder-decoder", "encoder" or "decoder".
+        task: what the artifact does, unless the architecture says otherwise (``tasks``).
+        inputs: the encoder's inputs; sizes named like configuration values ("num_mel_bins") are read from there.
+        positions: the decoder's table of positions, where the model itself takes one position for all rows.
+        limit: the configuration value that bounds the target, None where nothing does.
+        source_limit: the configuration value that bounds a text source.
+        position_argument: the name under which the model takes positions [R,Q], where it does.
+        hook: prepares a copy of the module for the trace; needs a paragraph in docs/decisions.md.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    kind: str = "encoder-decoder"
+    task: str = "text-to-text"
+    inputs: tuple[Input, ...] = TEXT
+    positions: Positions | None = None
+    limit: str | None = None
+    source_limit: str | None = None
+    position_argument: str | None = None
+    hook: Hook | None = None

@@ -1,0 +1,52 @@
+"""T5, with ReLU or gated feed-forward: its relative position bias becomes a table over distances."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from txopt.exporter.cache import current
+from txopt.exporter.families.family import Family
+
+
+class DistanceTable(nn.Module):
+    """T5's bias as rows of one table, exact: beyond ``max_distance`` every distance has the last bucket.
+
+    Saves the twenty nodes of the bucket formula in every step, and gives each row its own position.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.causal = bool(attention.is_decoder)
+        self.reach = int(attention.relative_attention_max_distance)  # type: ignore[call-overload]
+        distances = torch.arange(0 if self.causal else -self.reach, self.reach + 1)  # how far the key lies before the query
+        bucket: Callable[..., Tensor] = attention._relative_position_bucket  # type: ignore[assignment]
+        buckets = bucket(
+            -distances,
+            bidirectional=not self.causal,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=self.reach,
+        )
+        self.table = nn.Parameter(attention.relative_attention_bias.weight[buckets].detach(), requires_grad=False)  # type: ignore[union-attr, index]
+
+    def forward(self, query_length: Any, key_length: Any, device: Any = None, past_seen_tokens: Any = 0) -> Tensor:
+        """[R or 1,H,Q,S] in the table's dtype."""
+        state = current()
+        queries = torch.arange(query_length)[None] if state is None else state.positions
+        distances = queries[:, :, None] - torch.arange(key_length)
+        low = 0 if self.causal else -self.reach
+        return self.table[distances.clamp(low, self.reach) - low].permute(0, 3, 1, 2)
+
+
+def tabulate_bias(module: nn.Module) -> nn.Module:
+    """Gives every attention that owns a relative bias its table."""
+    for attention in module.modules():
+        if getattr(attention, "has_relative_attention_bias", False):
+            attention.distance_table = DistanceTable(attention)
+            # A method of the class would win over a submodule of its name: the instance's own dict comes first.
+            attention.__dict__["compute_bias"] = attention.distance_table
+    return module
+
+
+T5 = Family(name="t5", model_types=("t5",), hook=tabulate_bias)

@@ -1,0 +1,15 @@
+"""Pattern fusions to neutral operators, in the order they run."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from txopt.exporter.fusion import rms_norm
+from txopt.exporter.fusion.report import Report
+
+FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (rms_norm.fuse,)
+
+
+def fuse(model: ir.Model) -> dict[str, Report]:
+    """Runs every fusion on ``model``; reports by operator."""
+    return {report.operator: report for report in (fusion(model) for fusion in FUSIONS)}

@@ -1,0 +1,102 @@
+"""Queries and edits on onnx_ir models that every stage shares; they know no family and no engine."""
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+
+# Constants up to this many elements are folded into new ones; weights are larger, and stay the tensors the checkpoint has.
+FOLD_LIMIT = 1024
+
+WEIGHT_PREFIX = "module."
+
+
+def clean(model: ir.Model) -> ir.Model:
+    """The exporter's graph made small and reproducible: folded, named after the checkpoint, without traces of this machine."""
+    _name_weights(model)
+    model = passes.InlinePass()(model).model
+    transpose_weights(model)
+    optimizer.optimize_ir(
+        model, num_iterations=2, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
+    )
+    for remove in (
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+    ):
+        model = remove(model).model
+    _strip(model)
+    return model
+
+
+def count(model: ir.Model) -> dict[str, int]:
+    """Nodes by operator, contrib operators with their domain."""
+    names = (node.op_type if not node.domain else f"{node.domain}::{node.op_type}" for node in model.graph)
+    return dict(sorted(Counter(names).items()))
+
+
+def transpose_weights(model: ir.Model) -> None:
+    """``Linear`` arrives as Transpose(weight) -> MatMul: stores the weight transposed, unless something else reads it as it is.
+
+    A tied embedding keeps its Transpose: one table serves both ends, and the lowering finds an operator that reads it so.
+    """
+    for node in list(model.graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.const_value is None or not weight.is_initializer():
+            continue
+        others = {user.op_type for user, _ in weight.uses()} - {"Transpose"}
+        permutation = node.attributes["perm"].as_ints() if "perm" in node.attributes else [1, 0]
+        if others or list(permutation) != [1, 0]:
+            continue
+        name = f"{weight.name}.T"
+        if name not in model.graph.initializers:
+            model.graph.initializers[name] = _transposed(weight.const_value, name)
+        stored = model.graph.initializers[name]
+        node.outputs[0].replace_all_uses_with(stored)
+        model.graph.remove(node, safe=True)
+        if not weight.uses():
+            del model.graph.initializers[str(weight.name)]
+
+
+def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    lazy = ir.LazyTensor(
+        lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name),
+        dtype=tensor.dtype,
+        shape=ir.Shape(tuple(reversed(tensor.shape.numpy()))),
+        name=name,
+        cache=False,
+    )
+    return ir.Value(name=name, shape=lazy.shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+
+
+def _name_weights(model: ir.Model) -> None:
+    for name in list(model.graph.initializers):
+        if name.startswith(WEIGHT_PREFIX):
+            model.graph.initializers[name].name = name.removeprefix(WEIGHT_PREFIX)
+
+
+def _strip(model: ir.Model) -> None:
+    """Removes stack traces, paths and versions that would differ between two machines, and the shapes between nodes."""
+    for owner in (model, model.graph):
+        owner.metadata_props.clear()
+        owner.doc_string = None
+    model.producer_name, model.producer_version = "txopt", None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for index, node in enumerate(model.graph):
+        scope = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        node.metadata_props.clear()
+        node.doc_string = None
+        node.name = f"{_readable(scope)}{node.op_type}_{index}"
+        for output in node.outputs:
+            output.metadata_props.clear()
+
+
+def _readable(scope: str) -> str:
+    """"['', 'module', 'module.decoder.block.0', 'matmul']" to "decoder.block.0/"."""
+    parts = [part.strip(" '[]") for part in scope.split(",")]
+    modules = [part.removeprefix(WEIGHT_PREFIX) for part in parts[:-1] if part.startswith(WEIGHT_PREFIX)]
+    return f"{modules[-1]}/" if modules else ""

@@ -1,0 +1,247 @@
+"""A Hugging Face checkpoint as a ``Source``: loads it, traces it through its own forward, asks it for reference answers.
+
+The traced copy shares its weights with the original but carries the family's hook and position tables. What a family is lives
+in families/; how reference cases are chosen lives in reference.py.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from txopt.exporter.attention import routed
+from txopt.exporter.cache import DecodeState, as_transformers, collecting, current, decoding
+from txopt.exporter.families import find
+from txopt.exporter.families.family import Family
+from txopt.exporter.pooling import Pooling, read_pooling
+from txopt.exporter.source import KV, Facts, Forward, Input
+from txopt.runtime.errors import SourceError
+
+# The architecture's suffix says what an encoder alone is for.
+ENCODER_TASKS = {
+    "ForSequenceClassification": ("text-classification", ("logits",)),
+    "ForTokenClassification": ("token-classification", ("logits",)),
+}
+EMBEDDING = ("embedding", ("memory", "embedding"))
+
+
+class RowPositions(nn.Module):
+    """A table of positions that every row reads at its own place, whatever the model passes."""
+
+    def __init__(self, weight: Tensor, offset: int) -> None:
+        super().__init__()
+        self.weight, self.offset = weight, offset
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        state = current()
+        if state is None:  # the encoder graph's one dummy token
+            return self.weight[self.offset : self.offset + 1]
+        return self.weight[state.positions + self.offset]
+
+
+class HuggingFaceSource:
+    """See ``source.Source``. ``module`` answers as PyTorch; ``traced`` is the copy that is exported."""
+
+    def __init__(self, module: PreTrainedModel, family: Family, pooling: Pooling | None = None) -> None:
+        self.module = module.eval().requires_grad_(False)
+        self.family = family
+        self._pooling = pooling
+        self.facts = _facts(module, family)
+        self.traced = _prepare(module, family)
+        self._layers = _decoder_layers(module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        named = {item.name: value for item, value in zip(self.facts.inputs, inputs, strict=True)}
+        mask = named.get("attention_mask")
+        if mask is not None:
+            named["attention_mask"] = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)
+        with routed(self.traced):
+            if self.facts.kind == "encoder":
+                return self._named_outputs(self.traced(**named), mask)
+            memory = self.traced.get_encoder()(**named)[0]
+            return memory, *self._cross_kv(memory)
+
+    def _named_outputs(self, result: Any, mask: Tensor | None) -> tuple[Tensor, ...]:
+        if "logits" in self.facts.outputs:
+            return (result.logits.float(),)
+        memory = result.last_hidden_state
+        pooling = self._pooling or Pooling()
+        return memory, pooling(memory, mask)
+
+    def _cross_kv(self, memory: Tensor) -> list[Tensor]:
+        """K, V of every layer, harvested from one dummy decoder step; all but their projections is dead code to the exporter."""
+        cache = collecting(self._layers)
+        start = torch.zeros(memory.shape[0], 1, dtype=torch.int64)
+        self.traced(
+            encoder_outputs=BaseModelOutput(last_hidden_state=memory),
+            decoder_input_ids=start,
+            decoder_attention_mask=torch.ones(memory.shape[0], 1, 1, 1, dtype=torch.bool),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return [x for layer in cache.cross_attention_cache.layers for x in (layer.keys, layer.values)]
+
+    def decode(
+        self, tokens: Tensor, position: Tensor, source_mask: Tensor | None, self_kv: Sequence[KV], cross_kv: Sequence[KV]
+    ) -> tuple[Tensor, list[KV]]:
+        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_mask)
+        arguments: dict[str, Any] = {"past_key_values": as_transformers(state), "use_cache": True}
+        if self.family.position_argument:
+            arguments[self.family.position_argument] = state.positions
+        if self.facts.kind == "decoder":
+            arguments |= {"input_ids": tokens, "attention_mask": state.causal}
+        else:
+            # The decoder asks its memory for nothing but a shape: the cross K/V are there already.
+            memory = torch.zeros(tokens.shape[0], 1, self._memory_width(), dtype=self.dtype)
+            arguments |= {
+                "encoder_outputs": BaseModelOutput(last_hidden_state=memory),
+                "decoder_input_ids": tokens,
+                "decoder_attention_mask": state.causal,
+            }
+            if state.folded is not None:
+                arguments["attention_mask"] = state.folded
+        with routed(self.traced), decoding(state):
+            logits = self.traced(**arguments).logits
+        return logits.float(), state.self_kv
+
+    def _memory_width(self) -> int:
+        config = self.module.config
+        return int(getattr(config, "encoder", config).hidden_size)
+
+    def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
+        if self.facts.kind == "decoder":
+            extra = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+            out = self.module(input_ids=tokens, use_cache=True, **extra)
+            return Forward(None, out.logits.float(), _kv(out.past_key_values), [])
+        encoded = self.module.get_encoder()(**inputs)
+        arguments = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
+        out = self.module(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded[0]), decoder_input_ids=tokens, use_cache=True, **arguments
+        )
+        cache = out.past_key_values
+        return Forward(encoded[0], out.logits.float(), _kv(cache.self_attention_cache), _kv(cache.cross_attention_cache))
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result = self.module(**inputs)
+        return dict(zip(self.facts.outputs, self._named_outputs(result, inputs.get("attention_mask")), strict=True))
+
+    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor | None:
+        result = self.module.generate(**inputs, **options)  # type: ignore[operator]
+        return result if isinstance(result, Tensor) else result.sequences
+
+
+def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> HuggingFaceSource:
+    """Reads config.json and safetensors; never a pickle, never the network.
+
+    Errors:
+        SourceError: no family knows the model, its architecture does not exist, or its weights are not safetensors.
+    """
+    import transformers
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    family = find(config.model_type)
+    if not any(directory.glob("*.safetensors")):
+        raise SourceError(
+            f"{directory} has no .safetensors file, and txopt opens no pickles; convert the checkpoint once with "
+            "model.save_pretrained(...) on a machine that trusts it"
+        )
+    name = next(iter(config.architectures or []), None)
+    architecture = getattr(transformers, name, None) if name else None
+    if architecture is None:
+        raise SourceError(f"config.json of {directory} names the architecture {name!r}, which transformers {transformers.__version__} does not have")
+    module = architecture.from_pretrained(
+        directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+    )
+    pooling = read_pooling(directory) if family.kind == "encoder" else None
+    return HuggingFaceSource(module, family, pooling)
+
+
+def _prepare(module: PreTrainedModel, family: Family) -> Any:
+    """The copy that is traced: same weights, the family's hook and position table in place."""
+    tensors = [*module.parameters(), *module.buffers()]
+    traced = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    if family.positions is not None:
+        table = traced.get_submodule(family.positions.path)
+        traced.set_submodule(family.positions.path, RowPositions(table.weight, family.positions.offset))  # type: ignore[arg-type]
+    return traced if family.hook is None else family.hook(traced)
+
+
+def _facts(module: PreTrainedModel, family: Family) -> Facts:
+    config = module.config
+    task, outputs = family.task, ()
+    if family.kind == "encoder":
+        name = type(module).__name__
+        task, outputs = next((value for suffix, value in ENCODER_TASKS.items() if name.endswith(suffix)), EMBEDDING)
+    text = config.get_text_config(decoder=True) if family.kind != "encoder" else config
+    vocabulary = int(getattr(text, "decoder_vocab_size", None) or text.vocab_size)
+    return Facts(
+        kind=family.kind,
+        task=task,
+        family=family.name,
+        inputs=tuple(_sized(item, config) for item in family.inputs),
+        generation=_generation(module),
+        vocabulary=vocabulary,
+        source_vocabulary=int(getattr(config, "vocab_size", None) or vocabulary),
+        limit=_value(config, family.limit),
+        source_limit=_value(config, family.source_limit),
+        outputs=outputs,
+        labels={str(k): str(v) for k, v in config.id2label.items()} if outputs == ("logits",) else None,
+    )
+
+
+def _sized(item: Input, config: Any) -> Input:
+    named = {"B", "T"}
+    return Input(
+        name=item.name,
+        dtype=item.dtype,
+        axes=tuple(axis if axis in named or isinstance(axis, int) else _value(config, axis) for axis in item.axes),  # type: ignore[misc]
+    )
+
+
+def _value(config: Any, expression: str | None) -> int | None:
+    """A size out of the configuration: "a", "sub.a", "2*a" or "a-b-1"."""
+    if expression is None:
+        return None
+    factor, _, rest = expression.rpartition("*")
+    terms = rest.split("-")
+    numbers = [int(term) if re.fullmatch(r"\d+", term) else _attribute(config, term) for term in terms]
+    return int(factor or 1) * (numbers[0] - sum(numbers[1:]))
+
+
+def _attribute(config: Any, path: str) -> int:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return int(config[0] if isinstance(config, (list, tuple)) else config)
+
+
+def _generation(module: PreTrainedModel) -> dict[str, Any]:
+    config = getattr(module, "generation_config", None)
+    if config is None:
+        return {}
+    facts = {k: v for k, v in config.to_diff_dict().items() if v is not None and not k.startswith("_")}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        if (value := getattr(config, name, None)) is not None:
+            facts[name] = value
+    facts.pop("transformers_version", None)
+    return facts
+
+
+def _decoder_layers(module: PreTrainedModel) -> int:
+    config = module.config
+    decoder = getattr(config, "decoder", config)
+    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    return int(next(value for name in names if (value := getattr(decoder, name, None)) is not None))
+
+
+def _kv(cache: Any) -> list[KV]:
+    return [(layer.keys, layer.values) for layer in cache.layers]

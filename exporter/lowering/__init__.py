@@ -1,0 +1,1 @@
+"""From the neutral graph to what one engine runs best: one file per target."""

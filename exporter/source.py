@@ -1,0 +1,83 @@
+"""What the pipeline asks of a model, wherever it comes from: facts, two traceable calls, and PyTorch's own answers.
+
+``huggingface.py`` and ``custom_source.py`` implement it. Axes: B sources, R rows, Q query tokens, S self-cache length,
+T source length, H heads, D head size, M memory width, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Kind = str  # "encoder-decoder", "encoder" or "decoder": the artifact's graphs
+KV = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """One input of the encoder (or of an encoder-only model): its name, dtype and axes; integers are fixed sizes."""
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the manifest says of a model; ``limit`` is the longest target, None where the model has no bound.
+
+    ``source_limit`` is the longest source a table of positions can hold. ``outputs`` names what an encoder-only model returns.
+    """
+
+    kind: Kind
+    task: str
+    family: str
+    inputs: tuple[Input, ...]
+    generation: Mapping[str, Any]
+    vocabulary: int
+    source_vocabulary: int
+    limit: int | None = None
+    source_limit: int | None = None
+    outputs: tuple[str, ...] = ()
+    labels: Mapping[str, str] | None = None
+
+    @property
+    def padded(self) -> bool:
+        return any(item.name == "attention_mask" for item in self.inputs)
+
+
+@dataclass
+class Forward:
+    """PyTorch's answer to one teacher-forced pass: memory [B,T,M], logits [B,L,V], K/V per layer [B,H,L or T,D]."""
+
+    memory: Tensor | None
+    logits: Tensor
+    self_kv: list[KV]
+    cross_kv: list[KV]
+
+
+class Source(Protocol):
+    """A model ready to be traced and questioned."""
+
+    module: nn.Module
+    traced: nn.Module  # the copy that is exported; shares its weights with ``module``
+    facts: Facts
+
+    def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Traceable. Inputs in the order of ``facts.inputs``; encoder-decoders give memory and then k, v of every layer,
+        encoder-only models their named outputs."""
+
+    def decode(
+        self, tokens: Tensor, position: Tensor, source_mask: Tensor | None, self_kv: Sequence[KV], cross_kv: Sequence[KV]
+    ) -> tuple[Tensor, list[KV]]:
+        """Traceable. Logits [R,Q,V] and the written buffers; see ``cache.DecodeState`` for the arguments."""
+
+    def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
+        """PyTorch's own teacher-forced pass, without txopt's operators; ``mask`` [B,L] marks left padding of a decoder-only prompt."""
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PyTorch's own outputs of an encoder-only model."""
+
+    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor | None:
+        """PyTorch's own generate(); None where the model has none for these options."""

@@ -1,0 +1,186 @@
+"""Traces a ``Source`` to one or two neutral graphs: the encoder (with the cross K/V) and the decoder (prefill and steps alike).
+
+Owns the graphs' inputs, outputs and axis names, and the example shapes of the trace; parity is checked on other shapes. It does
+not know families, files or engines.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from txopt.exporter.graph import clean
+from txopt.exporter.operators import OPSET, TRANSLATIONS
+from txopt.exporter.source import KV, Input, Source
+from txopt.runtime.errors import SourceError
+from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
+
+# Example sizes of the trace: all different, none 0 or 1, which torch.export would freeze.
+EXAMPLE = {"B": 2, "R": 6, "Q": 3, "S": 11, "T": 7}
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int64: "int64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Neutral graphs by name ("encoder", "decoder"), what the manifest says of them, and the cache's layout."""
+
+    graphs: dict[str, ir.Model]
+    specs: dict[str, GraphSpec]
+    cache: CacheSpec | None
+
+
+class _Encoder(nn.Module):
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source, self.module = source, source.traced  # registered, so that weights keep their names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.source.encode(*inputs)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source, self.module = source, source.traced  # registered, so that weights keep their names
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, mask: Tensor | None, self_kv: list[KV], cross_kv: list[KV]
+    ) -> tuple[Tensor, list[KV]]:
+        return self.source.decode(tokens, position, mask, self_kv, cross_kv)
+
+
+def trace(source: Source, dtype: torch.dtype) -> Trace:
+    """The neutral graphs of ``source``, whose weights are ``dtype`` already (but for its FP32 islands)."""
+    with torch.no_grad(), _quiet():
+        if source.facts.kind == "decoder":
+            return _trace_decoder(source, dtype, memory=None, cross=[])
+        examples = [example(item, dtype) for item in source.facts.inputs]
+        results = source.encode(*examples)
+        names = source.facts.outputs if source.facts.kind == "encoder" else _cross_names(len(results))
+        outputs = tuple(_spec(name, value, _encoder_axes(source, name, value)) for name, value in zip(names, results, strict=True))
+        inputs = tuple(TensorSpec(name=i.name, dtype=NAMES[v.dtype], axes=i.axes) for i, v in zip(source.facts.inputs, examples, strict=True))
+        spec = GraphSpec(file="encoder.onnx", inputs=inputs, outputs=outputs)
+        graph = _export(_Encoder(source), tuple(examples), (_dynamic(inputs),), spec)
+        if source.facts.kind == "encoder":
+            return Trace(graphs={"encoder": graph}, specs={"encoder": spec}, cache=None)
+        traced = _trace_decoder(source, dtype, memory=outputs, cross=list(results[1:]))
+        return Trace(
+            graphs={"encoder": graph, **traced.graphs}, specs={"encoder": spec, **traced.specs}, cache=traced.cache
+        )
+
+
+def example(item: Input, dtype: torch.dtype) -> Tensor:
+    shape = [EXAMPLE[axis] if isinstance(axis, str) else axis for axis in item.axes]
+    if item.dtype == "int64":
+        value = torch.ones(shape, dtype=torch.int64)
+        return value if item.name == "attention_mask" else value * 2
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _trace_decoder(source: Source, dtype: torch.dtype, memory: Sequence[TensorSpec] | None, cross: list[Tensor]) -> Trace:
+    layers, heads, size = source_cache_shape(source, cross)
+    pairs = [(k, v) for k, v in zip(cross[::2], cross[1::2], strict=True)]
+    buffer = torch.zeros(EXAMPLE["R"], heads, EXAMPLE["S"], size, dtype=dtype)
+    self_kv = [(buffer.clone(), buffer.clone()) for _ in range(layers)]
+    tokens = torch.full((EXAMPLE["R"], EXAMPLE["Q"]), 2, dtype=torch.int64)
+    position = torch.full((EXAMPLE["R"],), 1, dtype=torch.int64)
+    padded = source.facts.padded and memory is not None
+    mask = torch.ones(EXAMPLE["B"], EXAMPLE["T"], dtype=torch.int64) if padded else None
+
+    specs = [_spec("input_ids", tokens, ("R", "Q")), _spec("position", position, ("R",))]
+    if mask is not None:
+        specs.append(_spec("encoder_attention_mask", mask, ("B", "T")))
+    own = ("R", heads, "S", size)
+    specs += [_spec(f"self_{kind}.{i}", buffer, own) for i in range(layers) for kind in ("key", "value")]
+    specs += [TensorSpec(name=item.name, dtype=item.dtype, axes=item.axes) for item in (memory or ())[1:]]
+    outputs = [TensorSpec(name="logits", dtype="float32", axes=("R", "Q", source.facts.vocabulary))]
+    outputs += [_spec(f"present_{kind}.{i}", buffer, own) for i in range(layers) for kind in ("key", "value")]
+    spec = GraphSpec(file="decoder.onnx", inputs=tuple(specs), outputs=tuple(outputs))
+
+    by_name = {item.name: item for item in specs}
+    dims = [
+        _dynamic(specs[:1])[0],
+        _dynamic(specs[1:2])[0],
+        _dynamic([by_name["encoder_attention_mask"]])[0] if padded else None,
+        [_dynamic((by_name[f"self_key.{i}"], by_name[f"self_value.{i}"])) for i in range(layers)],
+        [_dynamic((by_name[f"cross_key.{i}"], by_name[f"cross_value.{i}"])) for i in range(len(pairs))],
+    ]
+    graph = _export(_Decoder(source), (tokens, position, mask, self_kv, pairs), tuple(dims), spec)
+    cache = CacheSpec(layers=layers, heads=heads, head_size=size, dtype=NAMES[dtype], max_length=source.facts.limit)
+    return Trace(graphs={"decoder": graph}, specs={"decoder": spec}, cache=cache)
+
+
+def source_cache_shape(source: Source, cross: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(layers, heads, head size) of the self-attention cache, read off one real pass rather than off names in a configuration."""
+    inputs = {} if source.facts.kind == "decoder" else {i.name: example(i, next(source.module.parameters()).dtype) for i in source.facts.inputs}
+    kv = source.forward(inputs, torch.full((EXAMPLE["B"], 2), 2, dtype=torch.int64)).self_kv
+    if not kv:
+        raise SourceError("the decoder wrote no self-attention K/V: it is not a Transformer decoder, or its attention bypasses the cache")
+    shapes = {tuple(x.shape[1::2]) for pair in kv for x in pair}
+    if len(shapes) > 1:
+        raise SourceError(f"layers with different heads or head sizes are not supported yet: {sorted(shapes)}")
+    return len(kv), kv[0][0].shape[1], kv[0][0].shape[3]
+
+
+def _cross_names(count: int) -> tuple[str, ...]:
+    return ("memory", *(f"cross_{kind}.{i}" for i in range((count - 1) // 2) for kind in ("key", "value")))
+
+
+def _encoder_axes(source: Source, name: str, value: Tensor) -> tuple[str | int, ...]:
+    """The source length is a symbol where an input has one, else the number the model makes of its fixed input."""
+    length = "T" if any("T" in item.axes for item in source.facts.inputs) else None
+    where = {"memory": 1, "logits": 1 if value.dim() == 3 else None}.get(name, 2 if name.startswith("cross_") else None)
+    return tuple(
+        "B" if i == 0 else length if i == where and length is not None else int(size) for i, size in enumerate(value.shape)
+    )
+
+
+def _spec(name: str, value: Tensor, axes: tuple[str | int, ...]) -> TensorSpec:
+    return TensorSpec(name=name, dtype=NAMES[value.dtype], axes=axes)
+
+
+_DIMS = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in EXAMPLE}
+
+
+def _dynamic(specs: Sequence[TensorSpec]) -> tuple[dict[int, object], ...]:
+    return tuple({i: _DIMS[axis] for i, axis in enumerate(spec.axes) if isinstance(axis, str)} for spec in specs)
+
+
+def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object, ...], spec: GraphSpec) -> ir.Model:
+    program = torch.onnx.export(
+        module.eval(),
+        arguments,  # type: ignore[arg-type]
+        dynamo=True,
+        opset_version=OPSET,
+        dynamic_shapes=dims,
+        custom_translation_table=TRANSLATIONS,
+        input_names=[item.name for item in spec.inputs],
+        output_names=[item.name for item in spec.outputs],
+        optimize=False,
+        verbose=False,
+    )
+    if program is None:
+        raise SourceError("torch.onnx.export returned nothing")
+    return clean(program.model)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints and warns about its own insides; a user can act on none of it."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

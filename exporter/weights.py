@@ -1,0 +1,44 @@
+"""Writes graphs to a directory with every weight once: one data file, shared by all graphs, tensors told apart by content.
+
+A tied embedding, or a weight that encoder and decoder share, has one place in the file. Small constants stay in the graphs, where
+shape inference finds them. Offsets are page-aligned, so that engines can map the file.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+FILE = "weights.data"
+INLINE_BYTES = 256
+ALIGNMENT = 4096
+_SMALL_ALIGNMENT = 64
+
+
+def write(graphs: Mapping[str, ir.Model], directory: Path) -> int:
+    """Writes NAME.onnx for each graph and ``weights.data``; gives the bytes of weights written.
+
+    The models are changed: their large initializers now refer to the file.
+    """
+    places: dict[bytes, tuple[int, int]] = {}
+    with (directory / FILE).open("wb") as file:
+        for graph in graphs.values():
+            for value in graph.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < INLINE_BYTES:
+                    continue
+                data = tensor.tobytes()
+                key = hashlib.sha256(data).digest()
+                if key not in places:
+                    step = ALIGNMENT if len(data) >= ALIGNMENT else _SMALL_ALIGNMENT
+                    file.write(b"\0" * (-file.tell() % step))
+                    places[key] = file.tell(), len(data)
+                    file.write(data)
+                offset, length = places[key]
+                value.const_value = ir.ExternalTensor(
+                    FILE, offset, length, tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=directory
+                )
+    for name, graph in graphs.items():
+        (directory / f"{name}.onnx").write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+    return sum(length for _, length in places.values())

@@ -1,0 +1,1 @@
+"""Runs artifacts with numpy and one engine; it knows neither PyTorch nor any model family."""

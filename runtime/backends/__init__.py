@@ -1,0 +1,1 @@
+"""One file per engine, all with the same small interface."""

@@ -1,0 +1,110 @@
+"""ONNX Runtime behind three verbs: put an array where the engine reads it, bind buffers once, run.
+
+Owns sessions, providers and IO binding. On the CPU a tensor shares its numpy array's memory, so writing the array feeds the next
+run and nothing is copied; on CUDA tensors live on the device. It knows no generation and no artifact.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from txopt.runtime.errors import MissingDependencyError, UsageError
+
+Array = NDArray[Any]
+Value = Any  # onnxruntime.OrtValue: the library ships no types
+
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy holds such tensors as uint16
+_NUMPY = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int64": np.int64,
+    "int32": np.int32,
+    "bool": np.bool_,
+}
+
+
+class Call:
+    """One set of bound buffers, run as often as wanted; inputs and outputs stay where they are."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> None:
+        self._run = session.run_with_iobinding
+        self._binding = session.io_binding()
+        for name, value in inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+
+    def run(self) -> None:
+        self._run(self._binding)
+
+
+class Runner:
+    """One graph, opened.
+
+    Args:
+        path: the .onnx file; its weights lie beside it.
+        device: "cpu" or "cuda" ("cuda:1" for another than the first).
+        threads: engine threads, None for one per core.
+    """
+
+    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        self._device, self._ordinal, providers = _providers(device)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            if threads < 1:
+                raise UsageError(f"threads must be at least 1, got {threads}")
+            options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+
+    @property
+    def on_host(self) -> bool:
+        return self._device == "cpu"
+
+    def tensor(self, array: Array, dtype: str | None = None) -> Value:
+        """An engine tensor of ``array``; on the CPU the two share memory."""
+        if dtype == "bfloat16":
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, self._ordinal)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Value:
+        return self.tensor(np.zeros(shape, _NUMPY[dtype]), dtype)
+
+    def array(self, value: Value) -> Array:
+        """The tensor's numbers: a view of its memory on the CPU, a copy from a device."""
+        result: Array = value.numpy()
+        return result
+
+    def bind(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Call:
+        return Call(self._session, inputs, outputs)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Value]:
+        """Runs once on fresh output buffers, which stay on the device; for graphs outside the token loop."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, self.tensor(np.ascontiguousarray(array)))
+        names = [output.name for output in self._session.get_outputs()]
+        for name in names:
+            binding.bind_output(name, self._device, self._ordinal)
+        self._session.run_with_iobinding(binding)
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+def _providers(device: str) -> tuple[str, int, list[Any]]:
+    kind, _, ordinal = device.partition(":")
+    if kind == "cpu":
+        return "cpu", 0, ["CPUExecutionProvider"]
+    if kind != "cuda" or not (ordinal or "0").isdigit():
+        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}')
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            'device="cuda" needs ONNX Runtime\'s CUDA provider, which this onnxruntime does not have: '
+            "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
+    number = int(ordinal or 0)
+    return "cuda", number, [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]

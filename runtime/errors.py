@@ -1,0 +1,53 @@
+"""The one exception tree of txopt. Every error a user can cause says what was expected, what was found, what to do.
+
+    TxoptError                    exit code 1: a defect of txopt
+    ├── UsageError                exit code 2: wrong option, argument or input
+    │   ├── InputError            tensors, text, audio or images that do not fit the model
+    │   ├── SourceError           a checkpoint or module that txopt cannot read or does not support
+    │   └── ArtifactError         an artifact that is damaged, unsafe, too new, or not one at all
+    ├── ParityError               exit code 3: the artifact does not say what PyTorch said
+    └── MissingDependencyError    exit code 4: an optional engine or package is not installed
+"""
+
+from collections.abc import Iterable
+
+
+class TxoptError(Exception):
+    """Base of all errors raised on purpose; raised itself only for defects of txopt."""
+
+    exit_code = 1
+
+
+class UsageError(TxoptError):
+    """Wrong usage: an option or a combination of options that cannot work."""
+
+    exit_code = 2
+
+
+class InputError(UsageError):
+    """Input data (tensors, text, audio, images) that does not fit the model."""
+
+
+class SourceError(UsageError):
+    """A checkpoint or module that cannot be read or is not supported."""
+
+
+class ArtifactError(UsageError):
+    """An artifact that is damaged, unsafe, written by a newer txopt, or not an artifact."""
+
+
+class ParityError(TxoptError):
+    """The exported graphs disagree with PyTorch beyond the tolerance; nothing is left behind."""
+
+    exit_code = 3
+
+
+class MissingDependencyError(TxoptError):
+    """An optional engine or package is missing; the message says what to install."""
+
+    exit_code = 4
+
+
+def explain(title: str, problems: Iterable[str]) -> str:
+    """One message out of many problems, so that a user mends all of them at once."""
+    return "\n".join([title, *(f"  - {problem}" for problem in problems)])

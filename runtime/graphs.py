@@ -1,0 +1,174 @@
+"""The graphs' contract: tensors, axes and names that every exporter must give and every session may rely on.
+
+Owns the alphabet of axes and the names of inputs and outputs (docs/format.md, "Graphs"). It reads no ONNX file: it
+judges what a manifest says of the graphs.
+
+    B sources   R rows, B times beams   Q query length   S self-cache length   T source length
+    H heads     D head size             M memory width   V vocabulary
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from txopt.runtime.strict_json import Fields, show
+
+AXES = ("B", "R", "Q", "S", "T", "H", "D", "M", "V")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
+FLOATS = DTYPES[:3]
+Axes = tuple[str | int, ...]
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9._/:-]{1,200}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a graph; an axis is a letter of the alphabet (any length) or a fixed length."""
+
+    name: str
+    dtype: str
+    axes: Axes
+
+    @classmethod
+    def from_json(cls, value: object, where: str, problems: list[str]) -> "TensorSpec":
+        fields = Fields(value, where, problems, ("name", "dtype", "axes"))
+        name, axes = fields.text("name"), fields.items("axes")
+        if name and not _TENSOR_NAME.fullmatch(name):
+            problems.append(f"{where}.name: expected letters, digits, '.', '_', '-', '/' or ':', found {show(name)}")
+        for index, axis in enumerate(axes):
+            if not (axis in AXES if isinstance(axis, str) else type(axis) is int and axis > 0):
+                expected = f"a length of at least 1, or one of {' '.join(AXES)}"
+                problems.append(f"{where}.axes[{index}]: expected {expected}, found {show(axis)}")
+        return cls(name=name, dtype=fields.choice("dtype", DTYPES), axes=tuple(axes))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "axes": list(self.axes)}
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{','.join(map(str, self.axes))}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSpec:
+    """One graph: its file, and its inputs and outputs in the file's order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def from_json(cls, value: object, where: str, problems: list[str]) -> "GraphSpec":
+        fields = Fields(value, where, problems, ("file", "inputs", "outputs"))
+        inputs, outputs = (
+            tuple(
+                TensorSpec.from_json(item, f"{where}.{key}[{i}]", problems) for i, item in enumerate(fields.items(key))
+            )
+            for key in ("inputs", "outputs")
+        )
+        return cls(file=fields.text("file"), inputs=inputs, outputs=outputs)
+
+    def to_json(self) -> dict[str, Any]:
+        inputs, outputs = ([item.to_json() for item in items] for items in (self.inputs, self.outputs))
+        return {"file": self.file, "inputs": inputs, "outputs": outputs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """The self-attention cache: two buffers [R,H,S,D] a layer; ``max_length`` bounds S, None where nothing does."""
+
+    layers: int
+    heads: int
+    head_size: int
+    dtype: str
+    max_length: int | None
+
+    @classmethod
+    def from_json(cls, value: object, where: str, problems: list[str]) -> "CacheSpec":
+        fields = Fields(value, where, problems, ("layers", "heads", "head_size", "dtype", "max_length"))
+        return cls(
+            layers=fields.count("layers", 1),
+            heads=fields.count("heads", 1),
+            head_size=fields.count("head_size", 1),
+            dtype=fields.choice("dtype", FLOATS),
+            max_length=fields.count_or_none("max_length", 1),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def tensors(self, prefix: str) -> tuple[TensorSpec, ...]:
+        """The buffers as the decoder sees them: ``prefix`` is "self" (inputs) or "present" (outputs)."""
+        axes: Axes = ("R", self.heads, "S", self.head_size)
+        names = (f"{prefix}_{part}.{layer}" for layer in range(self.layers) for part in ("key", "value"))
+        return tuple(TensorSpec(name=name, dtype=self.dtype, axes=axes) for name in names)
+
+
+def graph_problems(graphs: Mapping[str, GraphSpec], cache: CacheSpec | None) -> list[str]:
+    """Where the graphs ("encoder", "decoder", or one of them) break the contract; ``cache`` is the decoder's."""
+    problems = [problem for name, graph in graphs.items() for problem in _of_any_graph(name, graph)]
+    if cache is None:
+        return problems + [
+            f"graphs.encoder: expected outputs with the axis B first, found {out}"
+            for out in graphs["encoder"].outputs
+            if out.axes[:1] != ("B",)
+        ]
+    if len({graph.file for graph in graphs.values()}) < len(graphs):
+        problems.append("graphs: expected a file of its own for each graph")
+    cross: tuple[TensorSpec, ...] = ()
+    if "encoder" in graphs:
+        cross = tuple(out for out in graphs["encoder"].outputs if out.name.startswith("cross_"))
+        problems += _of_encoder(graphs["encoder"], cross)
+    return problems + list(_of_decoder(graphs["decoder"], cache, cross))
+
+
+def _of_any_graph(name: str, graph: GraphSpec) -> Iterator[str]:
+    if not graph.file.endswith(".onnx"):
+        yield f"graphs.{name}.file: expected an .onnx file, found {show(graph.file)}"
+    for kind, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        if not tensors:
+            yield f"graphs.{name}.{kind}: expected at least one, found none"
+        names = [tensor.name for tensor in tensors]
+        if len(set(names)) < len(names):
+            yield f"graphs.{name}.{kind}: expected different names, found one twice among {len(names)}"
+
+
+def _of_encoder(encoder: GraphSpec, cross: tuple[TensorSpec, ...]) -> Iterator[str]:
+    memory = next((out for out in encoder.outputs if out.name == "memory"), None)
+    if memory is None or len(memory.axes) != 3 or memory.axes[0] != "B" or memory.dtype not in FLOATS:
+        yield f"graphs.encoder.outputs: expected memory [B,T,M] of a float type, found {memory or 'none'}"
+    pairs = (f"cross_{part}.{layer}" for layer in range(len(cross) // 2) for part in ("key", "value"))
+    if not cross or {out.name for out in cross} != set(pairs):
+        found = ", ".join(show(out.name) for out in cross[:8]) or "none"
+        yield f"graphs.encoder.outputs: expected cross_key.i and cross_value.i for i from 0, found {found}"
+    for out in cross:
+        if len(out.axes) != 4 or out.axes[0] != "B" or out.dtype not in FLOATS:
+            yield f"graphs.encoder.outputs: expected {show(out.name)} [B,H,T,D] of a float type, found {out}"
+
+
+def _of_decoder(decoder: GraphSpec, cache: CacheSpec, cross: tuple[TensorSpec, ...]) -> Iterator[str]:
+    inputs = {tensor.name: tensor for tensor in decoder.inputs}
+    if 2 * cache.layers > len(inputs):  # before anything is built of that many layers
+        yield f"graphs.decoder.inputs: expected buffers of {cache.layers} layers, found {len(inputs)} inputs in all"
+        return
+    mask = inputs.pop("encoder_attention_mask", None)
+    if mask is not None and not (cross and mask.dtype == "int64" and mask.axes[:1] == ("B",) and len(mask.axes) == 2):
+        yield f"graphs.decoder.inputs: expected encoder_attention_mask int64 [B,T], beside an encoder, found {mask}"
+    needed = (
+        TensorSpec(name="input_ids", dtype="int64", axes=("R", "Q")),
+        TensorSpec(name="position", dtype="int64", axes=("R",)),
+        *cache.tensors("self"),
+        *cross,
+    )
+    for tensor in needed:
+        if (found := inputs.pop(tensor.name, None)) != tensor:
+            yield f"graphs.decoder.inputs: expected {tensor}, found {found or 'none'}"
+    for name in inputs:
+        yield f"graphs.decoder.inputs: unknown input {show(name)}: no session can feed it"
+
+    outputs = {tensor.name: tensor for tensor in decoder.outputs}
+    logits = outputs.get("logits")
+    if logits is None or logits.dtype != "float32" or logits.axes[:2] != ("R", "Q") or len(logits.axes) != 3:
+        yield f"graphs.decoder.outputs: expected logits float32 [R,Q,V], found {logits or 'none'}"
+    for tensor in cache.tensors("present"):
+        if (found := outputs.get(tensor.name)) != tensor:
+            yield f"graphs.decoder.outputs: expected {tensor}, found {found or 'none'}"

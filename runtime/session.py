@@ -1,0 +1,217 @@
+"""The two graphs of an artifact, opened: ``encode`` once, then a ``RowDecoder`` over preallocated KV buffers.
+
+Owns the buffers: they are written in place by the graph, grow geometrically and are bound as input and output at one address.
+It knows neither tokens' meaning nor how the next one is chosen. Axes: B sources, R rows (B times the number of beams), Q query
+tokens, S self-cache length, T source length, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.backends.ort import Call, Runner
+from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
+
+FIRST_BUCKET = 64  # self-cache length of a new decoder; attention costs time in proportion to it
+
+Array = NDArray[Any]
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's results, where the engine left them; ``values`` by output name, ``mask`` int64 [B,T] or None."""
+
+    batch: int
+    values: dict[str, Any]
+    mask: Ids | None
+
+
+class Session:
+    """An artifact's graphs, ready to run; open it through ``txopt.load``.
+
+    Args:
+        artifact: opened, so its hashes are checked already.
+        device: "cpu" or "cuda".
+        threads: engine threads, None for one per core.
+    """
+
+    def __init__(self, artifact: Artifact, *, device: str = "cpu", threads: int | None = None) -> None:
+        self.manifest = artifact.manifest
+        self._runners = {
+            name: Runner(artifact.file(spec.file), device=device, threads=threads)
+            for name, spec in artifact.manifest.graphs.items()
+        }
+
+    def array(self, value: Any) -> Array:
+        return next(iter(self._runners.values())).array(value)
+
+    def encode(self, inputs: Mapping[str, Array]) -> Encoded:
+        """Runs the encoder; ``inputs`` by name, a missing attention_mask means no padding.
+
+        Errors:
+            InputError: unknown, missing or ill-shaped inputs, all of them listed.
+        """
+        runner = self._runners.get("encoder")
+        if runner is None:
+            raise UsageError(f"this artifact ({self.manifest.kind}) has no encoder")
+        feeds = check_inputs(self.manifest.graphs["encoder"], inputs)
+        return Encoded(len(next(iter(feeds.values()))), runner.run(feeds), feeds.get("attention_mask"))
+
+    def decoder(self, encoded: Encoded | None, *, beams: int = 1, batch: int = 1) -> "RowDecoder":
+        """A decoder of batch times ``beams`` rows; the batch is the encoded sources' where there are any."""
+        spec, cache = self.manifest.graphs.get("decoder"), self.manifest.cache
+        if spec is None or cache is None:
+            raise UsageError(f"this artifact ({self.manifest.kind}, {self.manifest.task}) has no decoder and cannot generate")
+        runner = self._runners["decoder"]
+        fixed: dict[str, Any] = {}
+        if encoded is not None:
+            batch = encoded.batch
+            fixed = {name: value for name, value in encoded.values.items() if name.startswith("cross_")}
+            if encoded.mask is not None:
+                fixed["encoder_attention_mask"] = runner.tensor(encoded.mask)
+        return RowDecoder(runner, spec, cache, batch * beams, fixed)
+
+
+class RowDecoder:
+    """Rows that advance together, each at its own position; see ``generate.Decoder`` for the loop's view of it."""
+
+    def __init__(self, runner: Runner, spec: GraphSpec, cache: CacheSpec, rows: int, fixed: Mapping[str, Any]) -> None:
+        self.max_length = cache.max_length
+        self._runner, self._cache, self._fixed = runner, cache, dict(fixed)
+        self._names = [name for name in (item.name for item in spec.inputs) if name.startswith("self_")]
+        self._vocabulary = int(next(item for item in spec.outputs if item.name == "logits").axes[-1])
+        self._position = np.zeros(rows, np.int64)
+        self._ids = np.zeros((rows, 1), np.int64)
+        self._logits = np.empty((rows, 1, self._vocabulary), np.float32)
+        self._longest = 0  # the filled part of the buffers: no row is further
+        self._capacity = 0
+        self._buffers: dict[str, Any] = {}
+        self._step: Call | None = None
+
+    def prefill(self, ids: Ids, mask: Ids | None = None) -> Floats:
+        """Feeds prompts int64 [R,P]; ``mask`` marks left padding, which takes no place in the cache. Logits [R,V] after each row's last token."""
+        if mask is None:
+            return self.feed(ids)[:, -1]
+        lengths = mask.sum(1)
+        width = ids.shape[1]
+        # Rows start at position 0: what was padding on the left is now free space on the right, overwritten by later steps.
+        source = np.minimum(np.arange(width) + (width - lengths)[:, None], width - 1)
+        logits = self.feed(np.take_along_axis(ids, source, axis=1))
+        self._position[:] = lengths
+        self._longest = int(lengths.max())
+        return logits[np.arange(len(ids)), lengths - 1]
+
+    def step(self, ids: Ids) -> Floats:
+        """One token per row, int64 [R]; logits [R,V], a buffer that the next call overwrites."""
+        if self._longest == self._capacity or self._step is None:
+            self._reserve(self._longest + 1)
+            self._step = self._bind(self._ids, self._logits)
+        self._ids[:, 0] = ids
+        if not self._runner.on_host:
+            return self.feed(self._ids)[:, 0]
+        self._step.run()
+        self._position += 1
+        self._longest += 1
+        return self._logits[:, 0]
+
+    def feed(self, ids: Ids) -> Floats:
+        """Any number of tokens per row, int64 [R,Q]; logits [R,Q,V]."""
+        rows, queries = ids.shape
+        if rows != len(self._position):
+            raise InputError(f"this decoder has {len(self._position)} rows, got tokens of {rows}")
+        self._reserve(self._longest + queries)
+        logits = np.empty((rows, queries, self._vocabulary), np.float32)
+        bound = self._runner.tensor(logits)
+        self._bind(np.ascontiguousarray(ids, np.int64), bound).run()
+        self._position += queries
+        self._longest += queries
+        return logits if self._runner.on_host else self._runner.array(bound)
+
+    def reorder(self, rows: Ids) -> None:
+        """Row i goes on as what row ``rows[i]`` was; only rows that change are copied, and only their filled part."""
+        changed = np.flatnonzero(rows != np.arange(len(rows)))
+        if not len(changed):
+            return
+        for name, value in self._buffers.items():
+            array = self._runner.array(value)
+            array[changed, :, : self._longest] = array[rows[changed], :, : self._longest]
+            if not self._runner.on_host:
+                self._buffers[name] = self._runner.tensor(array, self._cache.dtype)
+        self._position[changed] = self._position[rows[changed]]
+
+    def cached(self, name: str) -> Array:
+        """A self-cache buffer's filled part, [R,H,filled,D]; for parity, not for the loop."""
+        return self._runner.array(self._buffers[name])[:, :, : self._longest]
+
+    def _reserve(self, needed: int) -> None:
+        if self.max_length is not None and needed > self.max_length:
+            raise InputError(f"the model knows {self.max_length} target positions, asked for {needed}")
+        if needed <= self._capacity:
+            return
+        capacity = max(needed, 2 * self._capacity, FIRST_BUCKET)
+        self._capacity = capacity if self.max_length is None else min(capacity, self.max_length)
+        shape = (len(self._position), self._cache.heads, self._capacity, self._cache.head_size)
+        for name in self._names:
+            grown = self._runner.zeros(shape, self._cache.dtype)
+            if self._longest:
+                array = self._runner.array(grown)
+                array[:, :, : self._longest] = self._runner.array(self._buffers[name])[:, :, : self._longest]
+                grown = grown if self._runner.on_host else self._runner.tensor(array, self._cache.dtype)
+            self._buffers[name] = grown
+        self._step = None
+
+    def _bind(self, ids: Ids, logits: Any) -> Call:
+        tensor = self._runner.tensor
+        bound = tensor(logits) if isinstance(logits, np.ndarray) else logits
+        inputs = {"input_ids": tensor(ids), "position": tensor(self._position), **self._fixed, **self._buffers}
+        outputs = {name.replace("self_", "present_"): value for name, value in self._buffers.items()}
+        return self._runner.bind(inputs, {"logits": bound, **outputs})
+
+
+def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The graph's feeds, in its dtypes; every problem with ``inputs`` in one InputError."""
+    from txopt.runtime.errors import explain
+
+    known = {item.name: item for item in spec.inputs}
+    problems = [f"{name}: unknown; expected {', '.join(known)}" for name in inputs if name not in known]
+    feeds: dict[str, Array] = {}
+    for name, item in known.items():
+        if (value := inputs.get(name)) is not None:
+            feeds[name] = np.ascontiguousarray(value)
+        elif name == "attention_mask" and (ids := inputs.get("input_ids")) is not None:
+            feeds[name] = np.ones(np.shape(ids), np.int64)
+        else:
+            problems.append(f"{name}: missing; expected {item.dtype} {_axes(item)}")
+    sizes: dict[str, int] = {}
+    for name, value in feeds.items():
+        problems += _misfits(known[name], value, sizes)
+    if problems:
+        raise InputError(explain("the inputs do not fit the model:", problems))
+    return {name: value.astype(_dtype(known[name]), copy=False) for name, value in feeds.items()}
+
+
+def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]:
+    found = f"{item.name}: expected {item.dtype} {_axes(item)}, got {value.dtype} {list(value.shape)}"
+    integral = item.dtype.startswith("int")
+    if value.dtype.kind not in ("iub" if integral else "f") or value.ndim != len(item.axes) or 0 in value.shape:
+        return [found]
+    for axis, size in zip(item.axes, value.shape, strict=True):
+        expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
+        if size != expected:
+            return [f"{found} ({axis} is {expected})"]
+    return []
+
+
+def _dtype(item: TensorSpec) -> type[Any]:
+    return {"int64": np.int64, "float32": np.float32, "float16": np.float16}[item.dtype]
+
+
+def _axes(item: TensorSpec) -> str:
+    return "[" + ",".join(map(str, item.axes)) + "]"
