@@ -73,6 +73,27 @@ def collect(source: Path, task: str, family: str, staging: Path, *, source_limit
     return features
 
 
+def collect_files(
+    source: Path, target: Path | None, staging: Path, *, pad_token_id: int = 0, source_limit: int | None = None
+) -> Frontend:
+    """The text front end of a model of one's own, which names its tokenizers files; ``target`` None: the source's.
+
+    Raises:
+        SourceError: a file that is missing or not a tokenizer.
+    """
+    frontend: Frontend = {"type": "text", "add_special_tokens": True, "max_source_length": source_limit}
+    frontend["pad_token_id"] = pad_token_id
+    for key, path in (("tokenizer", source), ("target_tokenizer", target)):
+        if path is not None:
+            frontend[key] = TOKENIZER if key == "tokenizer" else TARGET_TOKENIZER
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as err:  # what tokenizers raises is a bare Exception
+                raise SourceError(f"{path}: expected a file that tokenizers wrote, found: {err}") from err
+            _save(tokenizer, staging / frontend[key])
+    return frontend
+
+
 def _text(source: Path, family: str, staging: Path) -> Frontend | None:
     """The text front end, or None where the checkpoint has no tokenizer."""
     if not any((source / name).is_file() for name in _TOKENIZER_FILES):
@@ -177,7 +198,7 @@ def _languages(tokenizer: Any) -> Frontend:
     language = ids.get(tokenizer.src_lang)
     if language is None:
         raise SourceError(
-            f"the tokenizer has no token for its source language {tokenizer.src_lang!r}: give the checkpoint's tokenizer.json"
+            f"the tokenizer has no token for its source language {tokenizer.src_lang!r}: add a tokenizer.json"
         )
     around = [*tokenizer.prefix_tokens, "text", *tokenizer.suffix_tokens]
     frontend: Frontend = {
@@ -239,7 +260,9 @@ def _image(source: Path) -> Frontend | None:
         raise SourceError(f"{source}: the image processor cannot be read: {err}; mend its JSON file") from err
     kind, settings = type(processor), processor.to_dict()
     frontend: Frontend = {"type": "image", **{step: bool(settings.get(step)) for step in _IMAGE_STEPS}}
-    frontend |= {key: settings[key] for key in _IMAGE_NUMBERS if settings.get(key) is not None}
+    for key in _IMAGE_NUMBERS:
+        if (value := settings.get(key)) is not None:
+            frontend[key] = list(value) if isinstance(value, tuple) else value
     plain = all(getattr(kind, method, None) is getattr(PilBackend, method) for method in _IMAGE_METHODS)
     sized = not frontend["do_resize"] or set(frontend["size"]) in ({"height", "width"}, {"shortest_edge"})
     if not plain or not sized or settings.get("do_pad"):

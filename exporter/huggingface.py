@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from txopt.exporter.attention import routed
@@ -136,7 +136,8 @@ class HuggingFaceSource:
         return dict(zip(self.facts.outputs, self._named_outputs(result, inputs.get("attention_mask")), strict=True))
 
     def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor | None:
-        result = self.module.generate(**inputs, **options)  # type: ignore[operator]
+        # The mixin's own, which all families share: Whisper's override adds long form and cuts the prompt away.
+        result = GenerationMixin.generate(self.module, **inputs, **options)  # type: ignore[arg-type]
         return result if isinstance(result, Tensor) else result.sequences
 
 

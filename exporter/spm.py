@@ -27,8 +27,9 @@ from txopt.runtime.errors import MissingDependencyError, SourceError
 _SPACE = "▁"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type
-# Not a character, and the normaliser below removes it from text.
+# Neither is a character. The normaliser writes the second for the first, so that no text contains the mark.
 MARK = "\U0010ffff"
+_STRANGER = "\U0010fffe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def _bpe(proto: Any, ids: dict[str, int], unk: str, keep: set[str]) -> models.BP
 def _dress(tokenizer: Tokenizer, proto: Any) -> None:
     """Normaliser, pre-tokenizer and decoder."""
     spec = proto.normalizer_spec
-    steps: list[Any] = [normalizers.Replace(MARK, " ")]
+    steps: list[Any] = [normalizers.Replace(MARK, _STRANGER)]
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

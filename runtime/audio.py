@@ -187,8 +187,8 @@ def _bounds(name: str, window: Window | None, longest: float | None, length: flo
     stop = min(stop, length)
     if longest is not None and stop - start > longest:
         raise InputError(
-            f"{name}: {stop - start:.2f} s of sound, the model hears {longest:g} s at once, and longer sound is not cut "
-            "up for you yet; choose a part with window=(start, end) in seconds"
+            f"{name}: {stop - start:.2f} s of sound, the model hears {longest:g} s at once, and longer sound is not "
+            "cut up for you yet; choose a part with window=(start, end) in seconds"
         )
     return start, stop
 

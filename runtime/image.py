@@ -121,11 +121,11 @@ def _open(source: ImageSource) -> "Image":
             f"{name}: expected an image file, found {'a folder' if Path(source).is_dir() else 'no such file'}"
         )
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if isinstance(source, Image.Image):
+            return ImageOps.exif_transpose(source).convert("RGB")
+        with Image.open(source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as err:
-        raise InputError(
-            f"{name}: expected an image (PNG, JPEG, ...), found something that Pillow does not know"
-        ) from err
+        raise InputError(f"{name}: expected an image (PNG, JPEG, ...), found something else") from err
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
         raise InputError(f"{name}: expected a whole image, found a damaged or oversized one: {err}") from err

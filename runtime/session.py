@@ -85,7 +85,7 @@ class RowDecoder:
     def __init__(self, runner: Runner, spec: GraphSpec, cache: CacheSpec, rows: int, fixed: Mapping[str, Any]) -> None:
         self.max_length = cache.max_length
         self._runner, self._cache, self._fixed = runner, cache, dict(fixed)
-        self._names = [name for name in (item.name for item in spec.inputs) if name.startswith("self_")]
+        self.names = [name for name in (item.name for item in spec.inputs) if name.startswith("self_")]
         self._vocabulary = int(next(item for item in spec.outputs if item.name == "logits").axes[-1])
         self._position = np.zeros(rows, np.int64)
         self._ids = np.zeros((rows, 1), np.int64)
@@ -132,7 +132,7 @@ class RowDecoder:
         self._bind(np.ascontiguousarray(ids, np.int64), bound).run()
         self._position += queries
         self._longest += queries
-        return logits if self._runner.on_host else self._runner.array(bound)
+        return logits if self._runner.on_host else self._runner.view(bound)
 
     def reorder(self, rows: Ids) -> None:
         """Row i goes on as what row ``rows[i]`` was; only rows that change are copied, and only their filled part."""
@@ -140,7 +140,7 @@ class RowDecoder:
         if not len(changed):
             return
         for name, value in self._buffers.items():
-            array = self._runner.array(value)
+            array = self._runner.view(value)
             array[changed, :, : self._longest] = array[rows[changed], :, : self._longest]
             if not self._runner.on_host:
                 self._buffers[name] = self._runner.tensor(array, self._cache.dtype)
@@ -148,7 +148,7 @@ class RowDecoder:
 
     def cached(self, name: str) -> Array:
         """A self-cache buffer's filled part, [R,H,filled,D]; for parity, not for the loop."""
-        return self._runner.array(self._buffers[name])[:, :, : self._longest]
+        return self._runner.view(self._buffers[name])[:, :, : self._longest].copy()
 
     def _reserve(self, needed: int) -> None:
         if self.max_length is not None and needed > self.max_length:
@@ -158,11 +158,11 @@ class RowDecoder:
         capacity = max(needed, 2 * self._capacity, FIRST_BUCKET)
         self._capacity = capacity if self.max_length is None else min(capacity, self.max_length)
         shape = (len(self._position), self._cache.heads, self._capacity, self._cache.head_size)
-        for name in self._names:
+        for name in self.names:
             grown = self._runner.zeros(shape, self._cache.dtype)
             if self._longest:
-                array = self._runner.array(grown)
-                array[:, :, : self._longest] = self._runner.array(self._buffers[name])[:, :, : self._longest]
+                array = self._runner.view(grown)
+                array[:, :, : self._longest] = self._runner.view(self._buffers[name])[:, :, : self._longest]
                 grown = grown if self._runner.on_host else self._runner.tensor(array, self._cache.dtype)
             self._buffers[name] = grown
         self._step = None

@@ -14,9 +14,9 @@ Keys of "frontend" read here, all optional but the first:
     source_template               instead of the tokenizer's own template: a list of ids and of the words "text",
                                   "source_language" and "target_language"
     source_language, target_language    defaults for the two; a word without a language is left out of the template
-    language_marks                [before, after]: a text may name its own target language between them, in front
+    language_marks                [before, after]: a text may begin with its own target language between the two
     unknown_from, unk_token_id    source ids from ``unknown_from`` on mean "unknown" and become ``unk_token_id``
-    unknown_prefix                an unknown stretch of text is the token ``unknown_prefix`` + stretch where there is one
+    unknown_prefix                an unknown stretch of text is the token prefix + stretch where there is such a token
     clean_up_tokenization_spaces  whether decoding removes the spaces before punctuation; false where absent
     timestamp_begin               decoding leaves out this id and all above it
 """

@@ -170,9 +170,12 @@ class ArtifactWriter:
         try:
             os.rename(self.out, retired)
             os.rename(self.directory, self.out)
-        except BaseException:
+        except BaseException as err:
             if not os.path.lexists(self.out):
                 os.rename(retired, self.out)
+            elif self.directory.exists():
+                found = f"{self.out}: something appeared there meanwhile; the artifact that was there is now {retired}"
+                raise ArtifactError(found) from err
             raise
         finally:
             if not self.directory.exists():  # asked of the disk: Ctrl-C may fall between the rename and the next line
@@ -196,7 +199,7 @@ class ArtifactWriter:
                     try:
                         if match[1] == "old" and not os.path.lexists(self.out):
                             os.rename(path, self.out)
-                        else:
+                        elif match[1] == "new" or not foreign_content(self.out):
                             shutil.rmtree(path, ignore_errors=True)
                     finally:
                         unlock()

@@ -75,10 +75,14 @@ class Runner:
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Value:
         return self.tensor(np.zeros(shape, _NUMPY[dtype]), dtype)
 
-    def array(self, value: Value) -> Array:
-        """The tensor's numbers: a view of its memory on the CPU, a copy from a device."""
+    def view(self, value: Value) -> Array:
+        """The tensor's memory on the CPU, valid only while ``value`` lives; a copy from a device."""
         result: Array = value.numpy()
         return result
+
+    def array(self, value: Value) -> Array:
+        """The tensor's numbers, a copy that outlives it."""
+        return self.view(value).copy()
 
     def bind(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Call:
         return Call(self._session, inputs, outputs)

@@ -247,9 +247,9 @@ def test_held_out_words_are_pronounced_as_the_readme_says(
     held_out = take(lexicon, "test")
     words = sorted(held_out, key=lambda word: hashlib.sha256(word.encode()).hexdigest())[:200]
     result = score(held_out, dict(zip(words, pronounce(trained, words, source, target), strict=True)))
-    # 200 words scatter by about 3 points around the README's word error rate.
-    assert result.per < 11.0
-    assert result.wer < 42.0
+    # Measured: 10.0 and 34.0; other processors round otherwise, which may tip a word or two.
+    assert result.per < 10.5
+    assert result.wer < 36.0
 
 
 # --- the training

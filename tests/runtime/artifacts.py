@@ -13,7 +13,7 @@ from txopt.runtime.writer import ArtifactWriter
 FILES = {
     "encoder.onnx": b"encoder",
     "decoder.onnx": b"decoder",
-    "weights.data": bytes(range(256)) * 5000,  # more than one read buffer
+    "weights.data": bytes(range(256)),
     "parity.safetensors": b"cases",
     "tokenizer.json": b"{}",
     "engines/sm80.plan": b"plan",

@@ -1,11 +1,13 @@
 """Attacks on a directory that claims to be an artifact: each is refused before any file but the manifest is parsed."""
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.runtime.artifacts import FILES, edit, manifest, put, write
@@ -63,6 +65,13 @@ def test_a_flipped_bit_is_found(out: Path, name: str, where: str) -> None:
     content[0 if where == "first" else -1] ^= 1
     (out / name).write_bytes(content)
     refused(out, f"'{name}': expected SHA-256 [0-9a-f]{{16}}[.]{{3}}, found")
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (2 << 20) + 1])
+def test_the_hash_is_sha_256_of_the_whole_file(tmp_path: Path, size: int) -> None:
+    content = np.random.default_rng(0).bytes(size)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256(tmp_path / "file") == (size, hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize("name", FILES)

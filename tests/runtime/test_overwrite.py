@@ -1,5 +1,6 @@
 """What is at OUT already: an artifact may be replaced when asked, and nothing else is ever touched."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,3 +156,26 @@ def test_of_two_writers_the_second_is_refused(place: Path) -> None:
             second.commit(manifest())
     Artifact.open(place / "out")
     assert {path.name for path in place.iterdir()} == {"out", "thesis.txt"}
+
+
+def test_what_appears_in_the_last_moment_costs_nobody_anything(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(place / "out")
+    edit(place / "out", put("family", "the old one"))
+    rename = os.rename
+
+    def disturbed(source: Path, target: Path) -> None:
+        rename(source, target)
+        monkeypatch.setattr(os, "rename", rename)
+        users_directory(place / "out")
+
+    with ArtifactWriter(place / "out", overwrite=True) as writer:
+        fill(writer.directory)
+        monkeypatch.setattr(os, "rename", disturbed)
+        with pytest.raises(ArtifactError, match="something appeared there meanwhile") as error:
+            writer.commit(manifest())
+    with pytest.raises(ArtifactError, match="never overwritten"), ArtifactWriter(place / "out", overwrite=True):
+        pass
+    assert (place / "out" / "mine.txt").read_text() == "mine"
+    (old,) = place.glob(".out.txopt-*")
+    assert str(old) in str(error.value)
+    assert Artifact.open(old).manifest.family == "the old one"

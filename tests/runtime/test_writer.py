@@ -230,7 +230,8 @@ def test_a_living_writer_is_left_alone(place: Path) -> None:
     "name", [".out.txopt-notes", ".out.txopt-0123abcd.new.txt", ".output.txopt-0123abcd.new", "out.txopt-0123abcd.new"]
 )
 def test_only_what_writers_made_is_tidied(place: Path, name: str) -> None:
-    users_directory(place / name)
+    (place / name).mkdir()
+    (place / name / "mine.txt").write_text("mine")
     write(place / "out")
     assert (place / name / "mine.txt").read_text() == "mine"
 

@@ -1,0 +1,120 @@
+"""SOURCE as a user types it, to a ``Source``: a checkpoint's directory, a hub id in the local cache, or package.module:factory.
+
+Owns the decision which door a source takes and what the manifest says of where it came from. Reading a checkpoint is
+huggingface.py's work, the custom protocol custom_source.py's.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from txopt.exporter.source import Source
+from txopt.runtime.errors import SourceError
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded source; ``directory`` is where tokenizer files may lie, ``origin`` the manifest's "source"."""
+
+    source: Source
+    directory: Path | None
+    origin: dict[str, Any]
+    tokenizers: dict[str, Path]
+
+
+def load(source: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Opens ``source``: a string or path as the command line takes it, or a custom module itself.
+
+    Raises:
+        SourceError: nothing there, nothing that txopt supports, or not cached where the machine is offline.
+    """
+    from txopt.exporter.custom_source import CustomSource
+
+    if not isinstance(source, (str, Path)):
+        return _custom(CustomSource(_cast(source, dtype)), type(source).__qualname__, None)
+    directory = Path(source)
+    if directory.is_dir():
+        return _checkpoint(directory, str(directory.name), dtype, trust_remote_code)
+    text = str(source)
+    if _FACTORY.fullmatch(text):
+        module, path = _call_factory(text)
+        return _custom(CustomSource(_cast(module, dtype)), text, path)
+    if directory.exists() or not _HUB_ID.fullmatch(text):
+        raise SourceError(f"{text}: expected a checkpoint's directory, a hub id, or package.module:factory")
+    return _checkpoint(_cached(text), text, dtype, trust_remote_code)
+
+
+def _checkpoint(directory: Path, name: str, dtype: torch.dtype, trust_remote_code: bool) -> Checkpoint:
+    from txopt.exporter import huggingface
+
+    if not (directory / "config.json").is_file():
+        raise SourceError(f"{directory}: expected a checkpoint, found no config.json in it")
+    loaded = huggingface.load(directory, dtype, trust_remote_code=trust_remote_code)
+    files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
+    origin = {"name": name, "kind": "checkpoint", "files": {file.name: _sha256(file) for file in files}}
+    return Checkpoint(source=loaded, directory=directory, origin=origin, tokenizers={})
+
+
+def _custom(source: Source, name: str, file: Path | None) -> Checkpoint:
+    state = hashlib.sha256()
+    for key, value in sorted(source.module.state_dict().items()):
+        state.update(key.encode())
+        state.update(value.float().numpy().tobytes())
+    origin = {"name": name, "kind": "custom", "state": state.hexdigest()}
+    declared = getattr(source.module, "tokenizers", {}) or {}
+    base = file.parent if file is not None else Path()
+    tokenizers = {role: base / path for role, path in declared.items()}
+    missing = [str(path) for path in tokenizers.values() if not path.is_file()]
+    if missing:
+        raise SourceError(f"{name} names tokenizers that are not there: {', '.join(missing)}")
+    return Checkpoint(source=source, directory=None, origin=origin, tokenizers=tokenizers)
+
+
+def _call_factory(text: str) -> tuple[Any, Path | None]:
+    """The module that ``package.module:factory`` makes, and its file; the current directory counts as importable."""
+    name, _, attribute = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        imported = importlib.import_module(name)
+    except ImportError as err:
+        raise SourceError(f"{text}: cannot import {name}: {err}; run txopt where `python -c 'import {name}'` works") from err
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    factory = getattr(imported, attribute, None)
+    if not callable(factory):
+        raise SourceError(f"{text}: {name} has no callable {attribute}")
+    path = getattr(imported, "__file__", None)
+    return factory(), Path(path) if path else None
+
+
+def _cast(module: Any, dtype: torch.dtype) -> Any:
+    return module.to(dtype) if isinstance(module, torch.nn.Module) and dtype != torch.float32 else module
+
+
+def _cached(hub_id: str) -> Path:
+    """A hub id's snapshot: from the local cache, else downloaded where a hub can be reached."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as err:  # the library raises a dozen kinds, by cause
+        raise SourceError(
+            f"{hub_id}: not a directory here, and not to be had from the hub ({type(err).__name__}); "
+            "offline, give the directory of a checkpoint"
+        ) from err
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,124 @@
+"""Anyone's own encoder-decoder (custom.py) as a ``Source``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from txopt.exporter.cache import CrossCollector, DecodeState
+from txopt.exporter.custom import CrossKV, FullSequence
+from txopt.exporter.families.family import TEXT
+from txopt.exporter.source import KV, Facts, Forward
+from txopt.runtime.errors import SourceError, explain
+
+_SPECIAL_IDS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+
+
+class _Recording(FullSequence):
+    """FullSequence that keeps what it saw, as reference for the caches."""
+
+    def __init__(self, tokens: Tensor, attention_mask: Tensor) -> None:
+        super().__init__(tokens, attention_mask)
+        self.self_kv: list[KV] = []
+        self.cross_kv: list[KV] = []
+
+    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.self_kv.append((k, v))
+        return super().self_attention(layer, q, k, v)
+
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
+        pair = kv()
+        self.cross_kv.append(pair)
+        return super().cross_attention(layer, q, lambda: pair)
+
+
+class CustomSource:
+    """See ``source.Source``; the module follows ``custom.CustomEncoderDecoder``."""
+
+    def __init__(self, module: Any) -> None:
+        _check(module)
+        self.module: Any = module.eval().requires_grad_(False)
+        self.traced: Any = module
+        tokens = torch.full((1, 1), int(module.special_ids["decoder_start_token_id"]))
+        ids = torch.full((1, 2), int(module.special_ids["eos_token_id"]))
+        with torch.no_grad():
+            memory = module.encode(ids, torch.ones_like(ids))
+            vocabulary = module.decode(tokens, memory, FullSequence(tokens, torch.ones_like(ids))).shape[-1]
+        self._width = memory.shape[-1]
+        limit = getattr(module, "max_length", None)
+        self.facts = Facts(
+            kind="encoder-decoder",
+            task="text-to-text",
+            family="custom",
+            inputs=TEXT,
+            generation={**module.special_ids, **({} if limit is None else {"max_length": limit})},
+            vocabulary=int(vocabulary),
+            source_vocabulary=_source_vocabulary(module),
+            limit=limit,
+            source_limit=getattr(module, "max_source_length", limit),
+        )
+
+    def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        memory = self.traced.encode(*inputs)
+        start = torch.zeros(memory.shape[0], 1, dtype=torch.int64)
+        collector = CrossCollector(start)
+        self.traced.decode(start, memory, collector)
+        return memory, *(x for pair in collector.cross_kv for x in pair)
+
+    def decode(
+        self, tokens: Tensor, position: Tensor, source_mask: Tensor | None, self_kv: Sequence[KV], cross_kv: Sequence[KV]
+    ) -> tuple[Tensor, list[KV]]:
+        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_mask)
+        memory = torch.zeros(1, 1, self._width, dtype=cross_kv[0][0].dtype)  # its K/V are there already
+        return self.traced.decode(tokens, memory, state).float(), state.self_kv
+
+    def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
+        memory = self.module.encode(inputs["input_ids"], inputs["attention_mask"])
+        cache = _Recording(tokens, inputs["attention_mask"])
+        logits = self.module.decode(tokens, memory, cache)
+        return Forward(memory, logits.float(), cache.self_kv, cache.cross_kv)
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise SourceError("a custom module is an encoder-decoder; encoders alone come from checkpoints")
+
+    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor | None:
+        """Greedy ids by the plainest loop there is; None for beams, which a custom module has no reference for."""
+        if options.get("num_beams", 1) != 1:
+            return None
+        generation = self.facts.generation
+        ids = torch.full((len(inputs["input_ids"]), 1), generation["decoder_start_token_id"])
+        finished = torch.zeros(len(ids), dtype=torch.bool)
+        for step in range(options["max_new_tokens"]):
+            logits = self.forward(inputs, ids).logits[:, -1]
+            if step < options.get("min_new_tokens", 0):
+                logits[:, generation["eos_token_id"]] = -torch.inf
+            chosen = logits.argmax(-1)
+            chosen[finished] = generation["pad_token_id"]
+            ids = torch.cat([ids, chosen[:, None]], dim=1)
+            finished |= chosen == generation["eos_token_id"]
+            if finished.all():
+                break
+        return ids
+
+
+def _check(module: Any) -> None:
+    problems = []
+    if not isinstance(module, nn.Module):
+        problems.append(f"expected an nn.Module, got {type(module).__name__}")
+    problems += [f"no method {name}()" for name in ("encode", "decode") if not callable(getattr(module, name, None))]
+    special = getattr(module, "special_ids", None)
+    if not isinstance(special, Mapping):
+        problems.append("no special_ids: a mapping with " + ", ".join(_SPECIAL_IDS))
+    else:
+        problems += [f"special_ids has no {name}" for name in _SPECIAL_IDS if name not in special]
+    if problems:
+        raise SourceError(explain("this is no custom encoder-decoder (see docs/custom.md):", problems))
+
+
+def _source_vocabulary(module: nn.Module) -> int:
+    size = getattr(module, "source_vocabulary", None)
+    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    if size is None and not tables:
+        raise SourceError("the number of source ids is unknown: the module has no nn.Embedding; give it source_vocabulary = N")
+    return int(size if size is not None else min(tables))

@@ -1,0 +1,149 @@
+"""The road from a source to a verified artifact, stage by stage, written once.
+
+Owns the order of the stages and what the manifest says of them; every stage lives in a file of its own. An export that fails
+parity leaves nothing at OUT.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import txopt
+from txopt.exporter import checkpoint, fusion, graph, reference, weights
+from txopt.exporter.checkpoint import Checkpoint
+from txopt.exporter.frontend import collect
+from txopt.exporter.trace import DTYPES, Trace, trace
+from txopt.runtime import cases as reference_cases
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.errors import UsageError, explain
+from txopt.runtime.manifest import Manifest
+from txopt.runtime.options import UNSUPPORTED, GenerationOptions
+from txopt.runtime.parity import ParityReport, replay
+from txopt.runtime.writer import ArtifactWriter
+
+STAGES = ("load", "record", "trace", "fuse", "write", "verify")
+_TARGETS = ("cpu", "cuda")
+_VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+# What the manifest keeps of a generation configuration: what generate() acts on or refuses, and the speech front end's defaults.
+_GENERATION = {field.name for field in fields(GenerationOptions)} | set(UNSUPPORTED) | {"language", "task"}
+
+Progress = Callable[[str], None]
+
+
+def export(
+    source: Any,
+    out: str | os.PathLike[str],
+    *,
+    target: str = "cpu",
+    precision: str = "fp32",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Traces ``source``, fuses, writes and verifies; the artifact is at ``out`` only if it says what PyTorch says.
+
+    Args:
+        source: a checkpoint's directory or hub id, "package.module:factory", or a custom module itself.
+        out: the directory to make.
+        target: what the graphs are lowered for: "cpu" or "cuda".
+        precision: "fp32", "fp16" or "bf16".
+        trust_remote_code: run code that came with a checkpoint.
+        overwrite: replace the artifact that is at ``out``.
+        progress: called with the name of each of STAGES as it begins.
+
+    Raises:
+        SourceError: the source cannot be read or is not supported. UsageError: an option is wrong.
+        ParityError: the graphs deviate from PyTorch; nothing is left at ``out``.
+    """
+    _check_options(target, precision)
+    report = progress or (lambda stage: None)
+    with ArtifactWriter(out, overwrite=overwrite) as writer:
+        report("load")
+        opened = checkpoint.load(source, DTYPES[precision], trust_remote_code=trust_remote_code)
+        report("record")
+        cases = reference.record(opened.source)
+        report("trace")
+        traced = trace(opened.source, DTYPES[precision])
+        report("fuse")
+        fused = {name: _fuse(model) for name, model in traced.graphs.items()}
+        report("write")
+        weights.write(traced.graphs, writer.directory)
+        reference_cases.save(cases, writer.directory)
+        manifest = _manifest(opened, traced, fused, writer.directory, target=target, precision=precision)
+        report("verify")
+        parity = replay(writer.draft(manifest), reference_cases.load(writer.directory)).require()
+        return writer.commit(_certified(manifest, parity))
+
+
+def record_and_replay(artifact: Artifact, source: Any, *, trust_remote_code: bool = False) -> ParityReport:
+    """Fresh reference cases from PyTorch, against an artifact that exists (``txopt verify --against``)."""
+    opened = checkpoint.load(source, DTYPES[artifact.manifest.precision], trust_remote_code=trust_remote_code)
+    return replay(artifact, reference.record(opened.source)).require()
+
+
+def _check_options(target: str, precision: str) -> None:
+    problems = []
+    if target not in _TARGETS:
+        problems.append(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}")
+    if precision not in DTYPES:
+        problems.append(f"precision: expected one of {', '.join(DTYPES)}, got {precision!r}")
+    if problems:
+        raise UsageError(explain("this export cannot be made:", problems))
+
+
+def _fuse(model: Any) -> dict[str, Any]:
+    reports = {operator: report.to_json() for operator, report in fusion.fuse(model).items()}
+    return {"patterns": reports, "nodes": graph.count(model)}
+
+
+def _manifest(
+    opened: Checkpoint, traced: Trace, fused: dict[str, Any], directory: Path, *, target: str, precision: str
+) -> Manifest:
+    facts = opened.source.facts
+    return Manifest(
+        kind=facts.kind,
+        task=facts.task,
+        family=facts.family,
+        precision=precision,
+        target=target,
+        source=opened.origin,
+        versions={"txopt": txopt.__version__, **{name: version(name) for name in _VERSIONS}},
+        graphs=traced.specs,
+        cache=traced.cache,
+        generation={key: value for key, value in facts.generation.items() if key in _GENERATION},
+        frontend=_frontend(opened, directory),
+        fusion=fused,
+        calibration=None,
+        parity={},
+    )
+
+
+def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:
+    facts = opened.source.facts
+    labels = {} if facts.labels is None else {"labels": dict(facts.labels)}
+    if opened.directory is not None:
+        found = collect(opened.directory, facts.task, facts.family, directory, source_limit=facts.source_limit)
+        return {**found, **labels}
+    if "source" not in opened.tokenizers:
+        return {"type": "arrays"}
+    names = {"source": "tokenizer.json", "target": "target_tokenizer.json"}
+    for role, path in opened.tokenizers.items():
+        shutil.copyfile(path, directory / names[role])
+    target = {"target_tokenizer": names["target"]} if "target" in opened.tokenizers else {}
+    return {
+        "type": "text",
+        "tokenizer": names["source"],
+        **target,
+        "max_source_length": facts.source_limit,
+        "add_special_tokens": True,
+        "pad_token_id": facts.generation["pad_token_id"],
+    }
+
+
+def _certified(manifest: Manifest, parity: ParityReport) -> Manifest:
+    return replace(manifest, parity=parity.certificate())

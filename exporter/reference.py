@@ -1,0 +1,164 @@
+"""Records reference cases from PyTorch, on shapes that were not traced.
+
+Owns the choice of cases; what is kept of them is cases.py's. Everything is drawn from one seed, so that the same source gives
+the same file.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from txopt.exporter.source import Facts, Forward, Source
+from txopt.runtime.cases import INPUT_STEP, Case, lengths, log_sum_exp, sample
+from txopt.runtime.session import FIRST_BUCKET
+
+SEED = 20261123
+NEW_TOKENS = 12
+BEAMS = 4
+
+# name, source lengths of the rows, calls of the decoder by their number of query tokens
+_TEXT_CASES = (
+    ("single", (5,), (1,) * 6),
+    ("padded", (9, 4, 7), (1, 3, 1, 2)),
+    ("past-the-first-bucket", (3,), (2, FIRST_BUCKET - 3, 1, 1, 4)),
+)
+
+
+def record(source: Source) -> list[Case]:
+    """The cases of one source, in the order in which parity replays them."""
+    generator = np.random.default_rng(SEED)
+    with torch.no_grad():
+        return [_record(source, name, rows, schedule, generator) for name, rows, schedule in _cases(source.facts)]
+
+
+def _cases(facts: Facts) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    chosen = []
+    for name, rows, schedule in _TEXT_CASES:
+        if facts.kind == "encoder":
+            if name == "past-the-first-bucket":
+                continue
+            schedule = ()
+        if facts.limit is not None and sum(schedule) > facts.limit:
+            continue  # this model cannot outgrow a bucket
+        rows = tuple(min(length, facts.source_limit or length) for length in rows)
+        chosen.append((name, rows, schedule))
+    return chosen
+
+
+def _record(
+    source: Source, name: str, rows: tuple[int, ...], schedule: tuple[int, ...], generator: np.random.Generator
+) -> Case:
+    facts = source.facts
+    inputs = _inputs(source, rows, generator)
+    tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
+    if facts.kind == "encoder":
+        outputs = {key: value.float().numpy() for key, value in source.outputs(_cast(tensors, source)).items()}
+        counts = lengths(inputs, 0)
+        expected = {key: _tagged(sample(key, value, counts), key, counts) for key, value in outputs.items()}
+        return Case(name=name, inputs=inputs, tokens=np.zeros((len(rows), 0), np.int64), expected=expected)
+    tokens = _ids(facts, facts.vocabulary, (len(rows), sum(schedule)), generator)
+    forward = source.forward(_cast(tensors, source), torch.from_numpy(tokens))
+    case = Case(name=name, inputs=inputs, tokens=tokens, schedule=schedule, expected=_expected(forward, inputs))
+    if name == "past-the-first-bucket":
+        return case
+    return _with_generated(source, case, _cast(tensors, source))
+
+
+def _expected(forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    logits = forward.logits.numpy()
+    counts = lengths(inputs, forward.memory.shape[1] if forward.memory is not None else 0)
+    expected = {"logits": sample("logits", logits, counts), "log_sum_exp": log_sum_exp(logits)}
+    if forward.memory is not None:
+        expected["memory"] = sample("memory", forward.memory.float().numpy(), counts)
+    for kind, pairs in (("self", forward.self_kv), ("cross", forward.cross_kv)):
+        for layer, pair in enumerate(pairs):
+            for part, value in zip(("key", "value"), pair, strict=True):
+                name = f"{kind}_{part}.{layer}"
+                expected[name] = sample(name, value.float().numpy(), counts)
+    return expected
+
+
+def _tagged(value: Any, name: str, counts: Sequence[int]) -> Any:
+    """Token classification: what stands at padding is nobody's business."""
+    if name == "logits" and value.ndim == 3:
+        for row, count in zip(value, counts, strict=True):
+            row[count:] = 0
+    return value
+
+
+def _with_generated(source: Source, case: Case, tensors: Mapping[str, Tensor]) -> Case:
+    facts = source.facts
+    longest = NEW_TOKENS if facts.limit is None else min(NEW_TOKENS, facts.limit - 1)
+    common: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False}
+    generated, options, margins, scores = {}, {}, None, None
+    greedy = {**common, "num_beams": 1}
+    if (ids := source.generate(tensors, **greedy)) is not None:
+        generated["greedy"], options["greedy"] = ids.numpy(), greedy
+        margins = _margins(source, tensors, ids)
+    beam = {**common, "num_beams": BEAMS}
+    if facts.kind != "encoder" and (ids := source.generate(tensors, **beam)) is not None:
+        generated["beam"], options["beam"] = ids.numpy(), beam
+    return Case(
+        name=case.name,
+        inputs=case.inputs,
+        tokens=case.tokens,
+        schedule=case.schedule,
+        expected=case.expected,
+        generated=generated,
+        options=options,
+        margins=margins,
+        scores=scores,
+    )
+
+
+def _margins(source: Source, tensors: Mapping[str, Tensor], ids: Tensor) -> Any:
+    """How far the best logit is ahead of the second at every token of ``ids``, float32 [B,L-1]."""
+    mask = None
+    if source.facts.kind == "decoder":
+        mask = torch.cat([tensors["attention_mask"], torch.ones(len(ids), ids.shape[1] - tensors["attention_mask"].shape[1], dtype=torch.int64)], 1)
+    logits = source.forward(tensors, ids, mask).logits[:, :-1]
+    top = logits.topk(2, dim=-1).values
+    return (top[..., 0] - top[..., 1]).numpy()
+
+
+def _inputs(source: Source, rows: tuple[int, ...], generator: np.random.Generator) -> dict[str, Any]:
+    facts = source.facts
+    if facts.kind == "decoder":
+        return _prompt(facts, rows, generator)
+    inputs: dict[str, Any] = {}
+    mask = (np.arange(max(rows)) < np.array(rows)[:, None]).astype(np.int64)
+    for item in facts.inputs:
+        if item.name == "attention_mask":
+            inputs[item.name] = mask
+        elif item.dtype == "int64":
+            ids = _ids(facts, facts.source_vocabulary, mask.shape, generator)
+            inputs[item.name] = np.where(mask == 1, ids, facts.generation.get("pad_token_id") or 0)
+        else:
+            shape = (len(rows), *(int(axis) for axis in item.axes[1:]))
+            inputs[item.name] = (generator.integers(-24, 25, shape) * INPUT_STEP).astype(np.float32)
+    return inputs
+
+
+def _prompt(facts: Facts, rows: tuple[int, ...], generator: np.random.Generator) -> dict[str, Any]:
+    """A decoder's prompt, padded on the left as transformers wants it."""
+    width = max(rows)
+    mask = (np.arange(width) >= width - np.array(rows)[:, None]).astype(np.int64)
+    ids = _ids(facts, facts.vocabulary, mask.shape, generator)
+    pad = facts.generation.get("pad_token_id") or facts.generation.get("eos_token_id") or 0
+    return {"input_ids": np.where(mask == 1, ids, pad), "attention_mask": mask}
+
+
+def _ids(facts: Facts, vocabulary: int, shape: tuple[int, ...], generator: np.random.Generator) -> Any:
+    """Ids that mean nothing special to the model."""
+    special = {value for key, value in facts.generation.items() if key.endswith("token_id") and isinstance(value, int)}
+    ordinary = np.setdiff1d(np.arange(vocabulary), sorted(special))
+    return generator.choice(ordinary, shape).astype(np.int64)
+
+
+def _cast(tensors: Mapping[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """Float inputs in the dtype that the model computes in."""
+    dtype = next(source.module.parameters()).dtype
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}

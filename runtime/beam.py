@@ -1,0 +1,193 @@
+"""Beam search and beam sampling: the ids and scores that transformers' vectorised search gives (transformers 5, _beam_search).
+
+Owns which continuations live on, which finished sequences are kept, and when to stop. Equal scores: the lower beam first, then the
+better token, then the lower id (topk.py); PyTorch leaves that order open. It knows neither constraints nor buffers.
+Axes: B sources, K beams, C = (1 + ends of sequence) * K candidates, at least 2 * K, so that K of them can always go on.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids
+from txopt.runtime.errors import TxoptError
+from txopt.runtime.options import GenerationOptions
+from txopt.runtime.processors import Processors
+from txopt.runtime.sampling import draw_several, log_softmax
+from txopt.runtime.topk import top
+
+# transformers' "as good as impossible". In float32 its neighbours are 64 apart, so sums with it are ties: keep the value.
+IMPOSSIBLE = np.float32(-1e9)
+
+
+@dataclass
+class _Hypotheses:
+    """B x K sequences: ids int64 [B,K,M], the rows that their tokens continued int32 [B,K,M-P], scores float32 [B,K]."""
+
+    ids: Ids
+    parents: NDArray[np.int32]
+    scores: Floats
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Continuations by falling score (beam sampling: as drawn), [B,C] each: the beam, the token, the summed log probability."""
+
+    beams: Ids
+    tokens: Ids
+    scores: Floats
+
+
+def beam_search(
+    decoder: Decoder, prompt: Ids, mask: Ids | None, options: GenerationOptions, max_length: int, processors: Processors
+) -> GenerationResult:
+    """Decodes with ``options.num_beams`` beams per source.
+
+    Args:
+        decoder: R = B*K rows, a source's beams adjacent.
+        prompt: int64 [R,P], every source K times. mask: int64 [R,P] or None.
+        max_length: the most tokens a row may have, prompt included.
+        processors: applied to log probabilities, before they are summed.
+
+    Raises:
+        TxoptError: the decoder gives NaN.
+    """
+    (rows, length), beams = prompt.shape, options.num_beams
+    prompt_length, sources = length, rows // beams
+    running, finished = _start(prompt, options, max_length), _start(prompt, options, max_length)
+    running.scores[:, 0] = 0  # all beams of a source are one at first: only one may be continued
+    is_finished = np.zeros((sources, beams), np.bool_)
+    improvable = np.ones(sources, np.bool_)  # may a running beam still beat the finished ones?
+    count = max(2, 1 + len(options.eos_ids)) * beams
+    first_row = np.arange(sources)[:, None] * beams
+    source = np.arange(sources)[:, None]
+    choose = _Chooser(options, processors, count)
+
+    logits = decoder.prefill(prompt, mask)
+    ends = np.isin(np.arange(logits.shape[1]), options.eos_ids)
+    while True:
+        found = choose(logits, running, length)
+        hits = ends[found.tokens] if length + 1 < max_length else np.ones_like(found.tokens, np.bool_)
+        new = length - prompt_length
+
+        if hits[:, :beams].any():  # what is beyond the first K only exists to go on
+            scores = found.scores[:, :beams] / np.float32(float(new + 1) ** options.length_penalty)
+            refused = ~hits[:, :beams]
+            refused |= ~improvable[:, None]
+            if options.early_stopping is True:
+                refused |= is_finished.all(axis=1, keepdims=True)
+            scores[refused] += IMPOSSIBLE
+            best, order = top(np.concatenate([finished.scores, scores], axis=1), beams)
+            ended = _continue(running, found, source, slice(0, beams), length, prompt_length)
+            finished = _Hypotheses(
+                np.concatenate([finished.ids, ended.ids], axis=1)[source, order],
+                np.concatenate([finished.parents, ended.parents], axis=1)[source, order],
+                best,
+            )
+            is_finished = np.concatenate([is_finished, hits[:, :beams]], axis=1)[source, order]
+
+        alive, picked = top(np.where(hits, found.scores + IMPOSSIBLE, found.scores), beams)
+        running = _continue(running, found, source, picked, length, prompt_length)
+        running.scores = alive
+        length += 1
+
+        longest = options.early_stopping == "never" and options.length_penalty > 0
+        reach = float((max_length if longest else length) - prompt_length) ** options.length_penalty
+        worst = np.where(is_finished, finished.scores.min(axis=1, keepdims=True), IMPOSSIBLE)
+        improvable &= (alive[:, :1] / np.float32(reach) > worst).any(axis=1)
+        if not improvable.any() or hits.all() or (options.early_stopping is True and is_finished.all()):
+            return _result(finished, prompt_length, options.num_return_sequences)
+
+        decoder.reorder((first_row + found.beams[source, picked]).reshape(rows))
+        logits = decoder.step(running.ids[:, :, length - 1].reshape(rows))
+
+
+def _start(prompt: Ids, options: GenerationOptions, max_length: int) -> _Hypotheses:
+    (rows, length), beams = prompt.shape, options.num_beams
+    # transformers fills with the end of sequence where pad_token_id is 0, which it takes for unset; here ids are to equal its own.
+    fill = (options.pad_token_id or options.eos_ids[0]) if options.eos_ids else -1
+    ids = np.full((rows // beams, beams, max_length), fill, np.int64)
+    ids[:, :, :length] = prompt.reshape(rows // beams, beams, length)
+    parents = np.full((rows // beams, beams, max_length - length), -1, np.int32)
+    return _Hypotheses(ids, parents, np.full((rows // beams, beams), IMPOSSIBLE))
+
+
+def _continue(
+    running: _Hypotheses, found: _Candidates, source: Ids, picked: Ids | slice, length: int, prompt_length: int
+) -> _Hypotheses:
+    """The running hypotheses with the ``picked`` candidates appended; without scores, which the caller knows."""
+    chosen = (slice(None), picked) if isinstance(picked, slice) else (source, picked)
+    beams = found.beams[chosen]
+    ids, parents = running.ids[source, beams], running.parents[source, beams]
+    ids[:, :, length] = found.tokens[chosen]
+    parents[:, :, length - prompt_length] = beams + source * running.ids.shape[1]
+    return _Hypotheses(ids, parents, running.scores)
+
+
+class _Chooser:
+    """The ``count`` best, or drawn, continuations of all beams of a source."""
+
+    def __init__(self, options: GenerationOptions, processors: Processors, count: int) -> None:
+        self._processors, self._count = processors, count
+        self._tolerant = options.remove_invalid_values
+        self._generator = np.random.default_rng(options.seed) if options.do_sample else None
+        self._scratch: Floats | None = None
+
+    def __call__(self, logits: Floats, running: _Hypotheses, length: int) -> _Candidates:
+        sources, beams = running.scores.shape
+        if self._generator is None and not self._processors.active(length):
+            scores, tokens = self._best_of_each(logits)
+        else:
+            log_probabilities = log_softmax(logits)
+            self._check(log_probabilities[:, 0], length)
+            self._processors(running.ids[:, :, :length].reshape(len(logits), length), log_probabilities)
+            if self._generator is not None:
+                return self._draw(log_probabilities, running, self._generator)
+            scores, tokens = top(log_probabilities, min(self._count, logits.shape[1]))
+        self._check(scores[:, 0], length)
+        each = scores.shape[1]
+        summed = (scores.reshape(sources, beams, each) + running.scores[:, :, None]).reshape(sources, beams * each)
+        best, order = top(summed, self._count)
+        return _Candidates(order // each, np.take_along_axis(tokens.reshape(sources, beams * each), order, axis=1), best)
+
+    def _best_of_each(self, logits: Floats) -> tuple[Floats, Ids]:
+        """Log probabilities and tokens [R,C] of each row's best; only the best are normalised, in one pass over the vocabulary."""
+        values, tokens = top(logits, min(self._count, logits.shape[1]))
+        if self._scratch is None:
+            self._scratch = np.empty(logits.shape, np.float32)
+        largest = values[:, :1]
+        np.subtract(logits, largest, out=self._scratch)
+        np.exp(self._scratch, out=self._scratch)
+        return (values - largest) - np.log(self._scratch.sum(axis=1, keepdims=True)), tokens
+
+    def _draw(self, log_probabilities: Floats, running: _Hypotheses, generator: np.random.Generator) -> _Candidates:
+        sources, beams = running.scores.shape
+        vocabulary = log_probabilities.shape[1]
+        summed = log_probabilities.reshape(sources, beams, vocabulary) + running.scores[:, :, None]
+        summed = summed.reshape(sources, beams * vocabulary)
+        drawn = draw_several(summed, self._count, generator)
+        return _Candidates(drawn // vocabulary, drawn % vocabulary, np.take_along_axis(summed, drawn, axis=1))
+
+    def _check(self, scores: Floats, length: int) -> None:
+        """One score a row tells: log_softmax spreads a NaN over its row."""
+        if np.isnan(scores).any() and not self._tolerant:
+            raise not_a_number(length)
+
+
+def not_a_number(length: int) -> TxoptError:
+    """What to raise when a decoder's scores after ``length`` tokens hold NaN."""
+    return TxoptError(
+        f"the scores after {length} tokens hold NaN, so there is no next token: in float16 this is mostly an overflow; "
+        "export with --precision fp32 or bf16, or set remove_invalid_values=True to go on regardless"
+    )
+
+
+def _result(finished: _Hypotheses, prompt_length: int, returned: int) -> GenerationResult:
+    parents = finished.parents[:, :returned].reshape(-1, finished.parents.shape[2])
+    generated = int((parents >= 0).sum(axis=1).max())
+    return GenerationResult(
+        sequences=finished.ids[:, :returned].reshape(len(parents), -1)[:, : prompt_length + generated].copy(),
+        scores=finished.scores[:, :returned].reshape(-1).copy(),
+        beam_indices=parents[:, :generated].copy(),
+    )

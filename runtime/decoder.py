@@ -1,0 +1,50 @@
+"""What a decoding loop asks of a decoder, and what it gives back.
+
+Owns the two interfaces that the loops share; it knows neither the loops nor who decodes.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class Decoder(Protocol):
+    """R rows that advance together, one token at a time.
+
+    ``max_length`` is the most positions a row may have, prompt included; None means no bound.
+    """
+
+    max_length: int | None
+
+    def prefill(self, ids: Ids, mask: Ids | None) -> Floats:
+        """Feeds prompts int64 [R,P], padded on the left where ``mask`` int64 [R,P] is 0; logits float32 [R,V] after each row's last token."""
+        ...
+
+    def step(self, ids: Ids) -> Floats:
+        """Feeds one token per row, int64 [R]; logits float32 [R,V], possibly a buffer that the next call overwrites."""
+        ...
+
+    def reorder(self, rows: Ids) -> None:
+        """Lets row i go on as what row ``rows[i]`` (int64 [R]) was."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """What generate() found; N is the number of sources times ``num_return_sequences``.
+
+    Attributes:
+        sequences: int64 [N,L], the decoder's prompt included, padded after the end of sequence.
+        scores: float32 [N] of beam search: sum of log probabilities over (generated length ** length_penalty); None without beams.
+        beam_indices: int32 [N,L-P], the row (source times num_beams plus beam) that each generated token continued; -1 after the
+            end; None without beams.
+    """
+
+    sequences: Ids
+    scores: Floats | None = None
+    beam_indices: NDArray[np.int32] | None = None

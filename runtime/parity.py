@@ -1,0 +1,288 @@
+"""Replays an artifact's reference cases and compares: the proof that it still says what PyTorch said.
+
+Owns tolerances, the comparison, the invariance measurements and the report. It knows no backend and no model family; where a
+deviation starts is read off the caches, layer by layer.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.cases import Case, lengths, load, log_sum_exp, sample
+from txopt.runtime.errors import ParityError, explain
+from txopt.runtime.model import Model
+
+Array = NDArray[Any]
+
+# Largest deviation allowed, as a share of the tensor's largest magnitude (at least 1), by the precision both sides compute in.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """One comparison: where it is largest, and whether that is allowed. ``step`` and ``layer`` are None where they mean nothing."""
+
+    case: str
+    tensor: str
+    error: float
+    tolerance: float
+    step: int | None = None
+    layer: int | None = None
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.tolerance  # false for NaN, as it must be
+
+    def __str__(self) -> str:
+        place = "" if self.step is None else f" at step {self.step}"
+        layer = "" if self.layer is None else f" of layer {self.layer}"
+        return f'case "{self.case}": {self.tensor}{layer}{place} deviates by {self.error:.3g}, allowed {self.tolerance:.3g}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """What was compared, what came out, what was skipped and why; ``certificate`` is its form in the manifest."""
+
+    precision: str
+    tolerance: float
+    deviations: tuple[Deviation, ...]
+    ids: dict[str, str]
+    near_ties: tuple[str, ...]
+    invariance: dict[str, float]
+    skipped: tuple[str, ...]
+    failures: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures and all(deviation.holds for deviation in self.deviations)
+
+    @property
+    def largest_error(self) -> float:
+        return max((deviation.error for deviation in self.deviations), default=0.0)
+
+    def require(self) -> "ParityReport":
+        """Itself, or ParityError naming the first place where the artifact left PyTorch's path."""
+        if self.passed:
+            return self
+        broken = [deviation for deviation in self.deviations if not deviation.holds]
+        problems = []
+        if broken:
+            first = min(broken, key=_order)
+            problems.append(f"first deviation: {first}")
+            problems += [str(deviation) for deviation in broken if deviation is not first and deviation.tensor == "logits"]
+        problems += self.failures
+        raise ParityError(explain("the artifact does not say what PyTorch said:", problems[:12]))
+
+    def certificate(self) -> dict[str, Any]:
+        """JSON for the manifest: numbers rounded to three digits, so that equal runs are equal bytes."""
+        worst: dict[str, float] = {}
+        for item in self.deviations:
+            key = f"{item.case}/{item.tensor}"
+            worst[key] = max(worst.get(key, 0.0), item.error)
+        rounded = {key: float(f"{value:.2e}") for key, value in sorted(worst.items())}
+        result = {"precision": self.precision, "tolerance": self.tolerance, "errors": rounded, "ids": self.ids}
+        invariance = {key: float(f"{value:.2e}") for key, value in self.invariance.items()}
+        return {
+            **result,
+            "near_ties": list(self.near_ties),
+            "invariance": invariance,
+            "skipped": list(self.skipped),
+            "passed": self.passed,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.certificate(), "failures": list(self.failures), "deviations": [asdict(d) for d in self.deviations if not d.holds]}
+
+
+def verify(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> ParityReport:
+    """Replays the reference cases of the artifact at ``path``, without torch.
+
+    Raises:
+        ParityError: it deviates from PyTorch beyond the tolerance.
+        ArtifactError: it is damaged.
+    """
+    artifact = Artifact.open(path)
+    return replay(artifact, load(artifact.path), device=device, threads=threads).require()
+
+
+def replay(
+    artifact: Artifact, cases: Sequence[Case], *, device: str = "cpu", threads: int | None = None, skipped: Sequence[str] = ()
+) -> ParityReport:
+    """Runs every case through the artifact; deviations are reported, not raised."""
+    precision = artifact.manifest.precision
+    model = Model(artifact, device=device, threads=threads)
+    tolerance = TOLERANCE[precision]
+    deviations: list[Deviation] = []
+    ids: dict[str, str] = {}
+    ties: list[str] = []
+    failures: list[str] = []
+    notes = list(skipped)
+    for case in cases:
+        deviations += _forced(model, case, tolerance)
+        for search in ("greedy", "beam"):
+            if search in case.generated:
+                _searched(model, case, search, tolerance, ids, ties, failures)
+        if case.tokens.size and "beam" not in case.generated and case.generated:
+            notes.append(f'case "{case.name}": beam search has no PyTorch reference for this source')
+    return ParityReport(
+        precision=precision,
+        tolerance=tolerance,
+        deviations=tuple(deviations),
+        ids=ids,
+        near_ties=tuple(ties),
+        invariance=_invariance(model, cases),
+        skipped=tuple(notes),
+        failures=tuple(failures),
+    )
+
+
+def _forced(model: Model, case: Case, tolerance: float) -> Iterator[Deviation]:
+    """Teacher forcing along the case's schedule; what each layer wrote, then the logits, step by step."""
+    got, counts = _answers(model, case)
+    for name, expected in case.expected.items():
+        actual = got[name] if name == "log_sum_exp" else sample(name, got[name], counts)
+        yield from _compare(case, name, expected, actual, tolerance)
+
+
+def _compare(case: Case, name: str, expected: Array, actual: Array, tolerance: float) -> Iterator[Deviation]:
+    scale = max(1.0, float(np.abs(expected).max()))
+    error = np.abs(actual.astype(np.float64) - expected) / scale
+    kind, _, layer = name.partition(".")
+    number = int(layer) if layer else None
+    if name in ("logits", "log_sum_exp") and case.schedule:
+        by_step = error.reshape(*error.shape[:2], -1).max((0, 2))
+        wrong = np.flatnonzero(~(by_step <= tolerance))
+        step = int(wrong[0]) if len(wrong) else int(by_step.argmax())
+        yield Deviation(case=case.name, tensor=name, error=float(by_step[step]), tolerance=tolerance, step=step)
+    elif kind.startswith("self_"):
+        for place, step in ((0, 0), (1, sum(case.schedule) - 1)):
+            worst = float(error[:, :, place].max())
+            yield Deviation(case=case.name, tensor=kind, error=worst, tolerance=tolerance, step=step, layer=number)
+    else:
+        yield Deviation(case=case.name, tensor=kind, error=float(error.max()), tolerance=tolerance, layer=number)
+
+
+def _order(deviation: Deviation) -> tuple[int, int, int]:
+    """In the order of computation: the source first, then step by step, layer by layer, the logits last."""
+    place = {"memory": 0, "cross_key": 1, "cross_value": 1}.get(deviation.tensor, 2)
+    layer = deviation.layer if deviation.layer is not None else 1 << 30 if place else 0
+    return place, deviation.step or 0, layer
+
+
+def _answers(model: Model, case: Case) -> tuple[dict[str, Array], list[int]]:
+    """Everything the artifact says to a case, by tensor name, and the rows' source lengths."""
+    session = model.session
+    if model.manifest.kind == "decoder":
+        encoded, got, size = None, {}, 0
+    else:
+        encoded = session.encode(case.inputs)
+        got = {name: session.array(value) for name, value in encoded.values.items()}
+        size = got["memory"].shape[1] if "memory" in got else 0
+    counts = lengths(case.inputs, size)
+    if model.manifest.kind == "encoder":
+        if "logits" in got and got["logits"].ndim == 3:
+            got["logits"] = got["logits"].copy()
+            for row, count in zip(got["logits"], counts, strict=True):
+                row[count:] = 0
+        return got, counts
+    decoder = session.decoder(encoded, batch=len(case.tokens))
+    logits, start = [], 0
+    for queries in case.schedule:
+        logits.append(decoder.feed(case.tokens[:, start : start + queries]))
+        start += queries
+    got["logits"] = np.concatenate(logits, axis=1)
+    got["log_sum_exp"] = log_sum_exp(got["logits"])
+    got |= {name: decoder.cached(name) for name in decoder.names}
+    return got, counts
+
+
+def _searched(
+    model: Model, case: Case, search: str, tolerance: float, ids: dict[str, str], ties: list[str], failures: list[str]
+) -> None:
+    """Generated ids against PyTorch's, row by row; a difference counts as proven only at a near-tie."""
+    expected = case.generated[search]
+    start = {} if model.manifest.kind == "decoder" else {"decoder_input_ids": expected[:, :1]}
+    got = model.generate(**case.inputs, **start, **case.options[search]).sequences
+    agree = 0
+    for row, (want, have) in enumerate(zip(expected, got, strict=True)):
+        differs = _first_difference(want, have)
+        if differs is None:
+            agree += 1
+            continue
+        where = f'case "{case.name}", {search}, row {row}, token {differs}'
+        margin = _margin(case, search, row, differs)
+        allowed = 2 * tolerance * max(1.0, float(np.abs(case.expected["logits"]).max()))
+        if margin is not None and margin <= allowed:
+            ties.append(f"{where}: PyTorch's best two logits are {margin:.2e} apart, within {allowed:.2e}")
+        else:
+            tie = "no margin is recorded" if margin is None else f"its margin is {margin:.2e}"
+            failures.append(f"{where}: expected id {_at(want, differs)}, got {_at(have, differs)}, and {tie}: no near-tie")
+    ids[f"{case.name}/{search}"] = f"{agree} of {len(expected)} rows equal"
+
+
+def _first_difference(want: Array, have: Array) -> int | None:
+    width = min(len(want), len(have))
+    unequal = np.flatnonzero(want[:width] != have[:width])
+    if len(unequal):
+        return int(unequal[0])
+    return None if len(want) == len(have) else width
+
+
+def _margin(case: Case, search: str, row: int, token: int) -> float | None:
+    if search != "greedy" or case.margins is None or not 0 < token <= case.margins.shape[1]:
+        return None
+    return float(case.margins[row, token - 1])
+
+
+def _at(ids: Array, place: int) -> str:
+    return str(ids[place]) if place < len(ids) else "nothing"
+
+
+def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
+    """How much a row's logits change with its padding and with its batch mates: largest absolute differences."""
+    found: dict[str, float] = {}
+    padded = next((case for case in cases if len(case.tokens) > 1), None)
+    if padded is None or model.manifest.kind == "decoder":
+        return found
+    name = "logits" if "logits" in padded.expected else "embedding"
+    together, counts = _answers(model, padded)
+    worst = 0.0
+    for row, count in enumerate(counts):
+        alone = Case(
+            name="alone",
+            inputs=_trimmed({key: value[row : row + 1] for key, value in padded.inputs.items()}, count),
+            tokens=padded.tokens[row : row + 1],
+            schedule=padded.schedule,
+        )
+        mine = _answers(model, alone)[0][name][0]
+        theirs = together[name][row]
+        shape = tuple(slice(size) for size in mine.shape)
+        worst = max(worst, float(np.abs(mine - theirs[shape]).max()))
+    found["padding" if "attention_mask" in padded.inputs else "batch"] = worst
+    if "attention_mask" in padded.inputs:
+        found["batch"] = _batched(model, cases[0], name)
+    return found
+
+
+def _batched(model: Model, case: Case, name: str) -> float:
+    """A case alone against three copies of it in one batch."""
+    alone = _answers(model, case)[0][name]
+    copies = Case(
+        name="copies",
+        inputs={key: np.repeat(value, 3, axis=0) for key, value in case.inputs.items()},
+        tokens=np.repeat(case.tokens, 3, axis=0),
+        schedule=case.schedule,
+    )
+    return float(np.abs(_answers(model, copies)[0][name] - alone).max())
+
+
+def _trimmed(inputs: Mapping[str, Array], count: int) -> dict[str, Array]:
+    """Inputs of one row without its padding."""
+    if "attention_mask" not in inputs:
+        return dict(inputs)
+    return {key: value[:, :count] for key, value in inputs.items()}

@@ -1,0 +1,116 @@
+"""What ``txopt run`` does: one request, from whatever the user has, to text or ids.
+
+Owns which input fits which artifact and what a result looks like; the command line owns the options.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.model import Model, load
+
+Result = tuple[dict[str, Any], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Exactly one of text ("-": lines of stdin), audio, image and ids; generation options by name."""
+
+    text: str | None = None
+    audio: Path | None = None
+    image: Path | None = None
+    ids: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(
+    path: Path, request: Request, *, device: str = "cpu", threads: int | None = None, pieces: Callable[[str], None] | None = None
+) -> Iterator[Result]:
+    """A (JSON document, text) for each source.
+
+    Args:
+        pieces: called with every piece of text as it is generated; one source only.
+    """
+    given = [name for name in ("text", "audio", "image", "ids") if getattr(request, name) is not None]
+    if len(given) != 1:
+        found = "none" if not given else " and ".join(f"--{name}" for name in given)
+        raise UsageError(f"expected one of --text, --audio, --image, --ids, got {found}")
+    model = load(path, device=device, threads=threads)
+    kind = given[0]
+    if kind == "ids":
+        yield _run_arrays(model, _arrays(request.ids), request.options)
+        return
+    if model.manifest.kind == "encoder":
+        yield from _run_encoder(model, _texts(request.text), kind)
+        return
+    pipeline = model.pipeline(kind)
+    for source in _texts(request.text) if kind == "text" else [request.audio or request.image]:
+        if pieces is not None:
+            said = []
+            for piece in pipeline.stream(source, **request.options):
+                pieces(piece)
+                said.append(piece)
+            yield {"text": "".join(said)}, ""
+            continue
+        feeds, options = pipeline.prepare([source], **request.options)
+        result = model.generate(**feeds, **options)
+        text = pipeline.text(result.sequences[0])
+        yield {"text": text, "ids": result.sequences[0].tolist()}, text
+
+
+def _texts(text: str | None) -> Iterator[str]:
+    if text != "-":
+        yield str(text)
+        return
+    lines = (line.rstrip("\n") for line in sys.stdin)
+    found = False
+    for line in lines:
+        if line:
+            found = True
+            yield line
+    if not found:
+        raise InputError("stdin: expected at least one line of text, got none")
+
+
+def _arrays(path: Path | None) -> dict[str, Any]:
+    try:
+        with np.load(str(path), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, AttributeError) as err:
+        raise InputError(f"{path}: expected an .npz of the encoder's inputs by name: {err}") from err
+
+
+def _run_arrays(model: Model, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Result:
+    if model.manifest.kind == "encoder":
+        values = model.encode(**arrays).values
+        outputs = {name: model.session.array(value).tolist() for name, value in values.items()}
+        return {"outputs": outputs}, "\n".join(f"{name}: {value}" for name, value in outputs.items())
+    sequences = model.generate(**arrays, **options).sequences.tolist()
+    return {"ids": sequences}, "\n".join(" ".join(map(str, row)) for row in sequences)
+
+
+def _run_encoder(model: Model, texts: Iterator[str], kind: str) -> Iterator[Result]:
+    frontend = model.pipeline(kind)
+    for text in texts:
+        feeds, _ = frontend.prepare([text])
+        if model.manifest.task == "embedding":
+            vector = model.embed(**feeds)[0]
+            yield {"text": text, "embedding": vector.tolist()}, " ".join(f"{x:.5f}" for x in vector)
+            continue
+        scores = model.classify(**feeds)[0]
+        yield _labelled(text, scores, model.labels)
+
+
+def _labelled(text: str, scores: Any, labels: Sequence[str]) -> Result:
+    """The best class of a text, or of each of its tokens."""
+    if scores.ndim == 1:
+        named = {label: float(score) for label, score in zip(labels, scores, strict=True)}
+        best = max(named, key=named.__getitem__)
+        return {"text": text, "label": best, "scores": named}, f"{best} {named[best]:.3f}"
+    best_each = [labels[index] for index in scores.argmax(-1)]
+    return {"text": text, "labels": best_each}, " ".join(best_each)

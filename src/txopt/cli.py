@@ -1,0 +1,228 @@
+"""The command line: options in, exit codes out. Every command's work lives in the library and is imported when it runs.
+
+Exit codes: 0 done, 1 a defect of txopt, 2 wrong usage or input, 3 refused by a gate, 4 an optional package is missing.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from txopt import __version__
+from txopt.runtime.errors import MissingDependencyError, TxoptError
+
+app = typer.Typer(
+    name="txopt",
+    help="Trained Transformer encoder-decoders to small, fast, verified artifacts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact's directory")]
+Json = Annotated[bool, typer.Option("--json", help="exactly one JSON document on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no warnings")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="say more")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="a checkpoint's directory, a hub id, or package.module:factory")],
+    out: Annotated[Path, typer.Argument(help="the directory to make")],
+    target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an artifact that is at OUT")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Trace, fuse and verify a model into an artifact."""
+    console = _console(quiet, verbose, as_json)
+    _without_network_noise()
+    try:
+        from txopt.exporter import pipeline
+    except ModuleNotFoundError as err:
+        raise MissingDependencyError(f'export needs {err.name}: pip install "txopt[export]"') from err
+    with console.stages(pipeline.STAGES) as progress:
+        artifact = pipeline.export(
+            source, out, target=target, precision=precision, trust_remote_code=trust_remote_code, overwrite=overwrite, progress=progress
+        )
+    from txopt.summary import of_artifact
+
+    document, text = of_artifact(artifact)
+    console.result(document, text)
+
+
+@app.command()
+def verify(
+    artifact: ArtifactPath,
+    against: Annotated[str | None, typer.Option(help="record fresh cases from this SOURCE (needs PyTorch)")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Replay an artifact's reference cases: does it still say what PyTorch said?"""
+    console = _console(quiet, verbose, as_json)
+    from txopt.runtime.artifact import Artifact
+    from txopt.runtime.parity import verify as replay
+    from txopt.summary import of_parity
+
+    if against is None:
+        report = replay(artifact, device=device, threads=threads)
+    else:
+        _without_network_noise()
+        try:
+            from txopt.exporter.pipeline import record_and_replay
+        except ModuleNotFoundError as err:
+            raise MissingDependencyError(f'--against needs {err.name}: pip install "txopt[export]"') from err
+        report = record_and_replay(Artifact.open(artifact), against)
+    console.result(report.to_json(), of_parity(report))
+
+
+@app.command()
+def run(
+    artifact: ArtifactPath,
+    text: Annotated[str | None, typer.Option(help='a text, or "-" for one per line of stdin')] = None,
+    audio: Annotated[Path | None, typer.Option(help="a WAV or FLAC file")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image file")] = None,
+    ids: Annotated[Path | None, typer.Option(help="an .npz of the encoder's inputs")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="beams; 1 is greedy")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="most tokens to generate")] = None,
+    temperature: Annotated[float | None, typer.Option(help="sample at this temperature")] = None,
+    top_k: Annotated[int | None, typer.Option(help="sample among the k most likely")] = None,
+    top_p: Annotated[float | None, typer.Option(help="sample among the most likely of this total probability")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of sampling")] = None,
+    language: Annotated[str | None, typer.Option(help="of the speech, where the model knows several")] = None,
+    task: Annotated[str | None, typer.Option(help="transcribe or translate")] = None,
+    source_language: Annotated[str | None, typer.Option(help="code of the text's language")] = None,
+    target_language: Annotated[str | None, typer.Option(help="code of the language to write")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="print the text as it is generated")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run an artifact on text, speech, an image, or arrays."""
+    console = _console(quiet, verbose, as_json)
+    from txopt.runtime.running import Request, run as run_request
+
+    sampling = any(value is not None for value in (temperature, top_k, top_p, seed))
+    options: dict[str, Any] = {
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "do_sample": True if sampling else None,
+        "language": language,
+        "task": task,
+        "source_language": source_language,
+        "target_language": target_language,
+    }
+    request = Request(text=text, audio=audio, image=image, ids=ids, options={k: v for k, v in options.items() if v is not None})
+    for document, line in run_request(artifact, request, device=device, threads=threads, pieces=_print_piece if stream else None):
+        console.result(document, line)
+
+
+@app.command()
+def inspect(artifact: ArtifactPath, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show what is in an artifact: sizes, operators, what was fused and what was not, parity."""
+    console = _console(quiet, verbose, as_json)
+    from txopt.runtime.artifact import Artifact
+    from txopt.summary import of_artifact
+
+    console.result(*of_artifact(Artifact.open(artifact)))
+
+
+@app.command()
+def bench(
+    artifact: ArtifactPath,
+    against: Annotated[str | None, typer.Option(help='a peer: "torch" (needs --source)')] = None,
+    source: Annotated[str | None, typer.Option(help="the SOURCE the artifact came from, for peers")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="batch sizes; repeat the option")] = None,
+    source_length: Annotated[int, typer.Option(help="source tokens")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate, no fewer and no more")] = 64,
+    repeats: Annotated[int, typer.Option(help="timed runs of each")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure latency, throughput, load time, memory and size; against PyTorch where asked."""
+    console = _console(quiet, verbose, as_json)
+    from txopt.benchmarks.harness import Settings, measure
+
+    settings = Settings(
+        batches=tuple(batch or (1, 8)), source_length=source_length, new_tokens=new_tokens, repeats=repeats, threads=threads
+    )
+    console.result(*measure(artifact, settings, peer=against, source=source, note=console.note))
+
+
+@app.command()
+def demo(
+    words: Annotated[list[str] | None, typer.Argument(help="words to pronounce")] = None,
+    out: Annotated[Path, typer.Option(help="where the demo's artifact goes")] = Path("demo-out"),
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export the bundled g2p model, verify it, pronounce words, compare its speed with PyTorch's."""
+    console = _console(quiet, verbose, False)
+    from txopt.demonstration import demonstrate
+
+    demonstrate(words or ["transformer", "verified", "onomatopoeia", "txopt"], out, console)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if version:
+        print(f"txopt {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point: runs a command, turns errors into messages and exit codes."""
+    from txopt.console import fail
+
+    try:
+        app(standalone_mode=True)
+    except TxoptError as err:
+        sys.exit(fail(err))
+    except BrokenPipeError:
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _console(quiet: bool, verbose: bool, as_json: bool) -> Any:
+    from txopt.console import Console, set_up_logging
+
+    set_up_logging(quiet=quiet, verbose=verbose)
+    return Console(quiet=quiet, as_json=as_json)
+
+
+def _print_piece(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _without_network_noise() -> None:
+    """transformers draws progress bars of its own and warns about optional packages: neither is the user's business here."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Tiny seeded models of every family, saved as checkpoints: the same code as the real ones, a few thousand weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+
+_SIZES: dict[str, Any] = {"vocab_size": 100, "d_model": 64}
+_LAYERS: dict[str, Any] = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+}
+_POSITIONS: dict[str, Any] = {"max_position_embeddings": 80}
+_IDS: dict[str, Any] = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 3}
+_START_AT_PAD: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_T5: dict[str, Any] = {**_SIZES, **_START_AT_PAD, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+_BERT: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    **_POSITIONS,
+}
+
+
+def _trocr() -> Any:
+    vit = t.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    trocr = t.TrOCRConfig(
+        **_SIZES,
+        **_POSITIONS,
+        **_IDS,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=128,
+        cross_attention_hidden_size=32,
+    )
+    model = t.VisionEncoderDecoderModel(encoder=t.ViTModel(vit), decoder=t.TrOCRForCausalLM(trocr))
+    for name, value in _IDS.items():
+        setattr(model.config, name, value)
+        setattr(model.generation_config, name, value)
+    return model
+
+
+def _whisper() -> Any:
+    config = t.WhisperConfig(**_SIZES, **_LAYERS, **_IDS, max_source_positions=50, max_target_positions=80)
+    return t.WhisperForConditionalGeneration(config)
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**_T5)),
+    "t5-gated": lambda: t.T5ForConditionalGeneration(
+        t.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    ),
+    "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
+    "mbart": lambda: t.MBartForConditionalGeneration(t.MBartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
+    "marian": lambda: t.MarianMTModel(
+        t.MarianConfig(**_SIZES, **_LAYERS, **_POSITIONS, pad_token_id=99, eos_token_id=0, decoder_start_token_id=99)
+    ),
+    "pegasus": lambda: t.PegasusForConditionalGeneration(t.PegasusConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_START_AT_PAD)),
+    "m2m_100": lambda: t.M2M100ForConditionalGeneration(t.M2M100Config(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
+    "whisper": _whisper,
+    "trocr": _trocr,
+    "gpt2": lambda: t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=80, bos_token_id=0, eos_token_id=2)
+    ),
+    "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**_BERT, num_labels=3)),
+    "roberta": lambda: t.RobertaForTokenClassification(t.RobertaConfig(**_BERT, num_labels=3)),
+    "distilbert": lambda: t.DistilBertModel(
+        t.DistilBertConfig(vocab_size=100, dim=64, n_layers=2, n_heads=4, hidden_dim=128, **_POSITIONS)
+    ),
+}
+
+
+def checkpoint(name: str, directory: Path) -> Path:
+    """Saves the tiny model ``name`` under ``directory``; weights are spread so that greedy ids vary from step to step."""
+    torch.manual_seed(0)
+    model = BUILDERS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # norms and biases that would hide if they were 1 and 0
+    model.save_pretrained(directory / name)
+    return directory / name
