@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 
 from txopt.exporter.spm import MARK, Converted, convert
-from txopt.runtime.errors import SourceError
+from txopt.runtime.errors import MissingDependencyError, SourceError
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def collect(source: Path, task: str, family: str, staging: Path, *, source_limit
     features = _audio(source, family) or _image(source)
     if features is None and (task.startswith(("speech", "image")) or family == "whisper"):
         features = {"type": "arrays"}
-    text = _text(source, family, staging)
+    text = _text(source, task, staging)
     if features is None:
         if text is not None and source_limit is not None:
             text["max_source_length"] = min(text["max_source_length"] or source_limit, source_limit)
@@ -94,7 +94,7 @@ def collect_files(
     return frontend
 
 
-def _text(source: Path, family: str, staging: Path) -> Frontend | None:
+def _text(source: Path, task: str, staging: Path) -> Frontend | None:
     """The text front end, or None where the checkpoint has no tokenizer."""
     if not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return None
@@ -105,7 +105,7 @@ def _text(source: Path, family: str, staging: Path) -> Frontend | None:
         "max_source_length": _limit(tokenizer),
         "add_special_tokens": True,
         "pad_token_id": next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-        "padding_side": "left" if family == "gpt2" else "right",
+        "padding_side": "left" if task == "text-generation" else "right",
         "clean_up_tokenization_spaces": _cleans_up(tokenizer),
     }
     name = type(tokenizer).__name__
@@ -131,6 +131,10 @@ def _load_tokenizer(source: Path) -> Any:
         warnings.simplefilter("ignore")  # Marian's advice to install sacremoses, which tokenization does not use
         try:
             return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except ImportError as err:
+            raise MissingDependencyError(
+                f"{source}: its tokenizer needs a package that is not installed: {err}"
+            ) from err
         except Exception as err:  # transformers lets whatever its many tokenizers raise pass
             raise SourceError(
                 f"{source}: the tokenizer cannot be read: {err}; mend its files, or take them away"

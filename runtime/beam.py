@@ -78,14 +78,15 @@ def beam_search(
             if options.early_stopping is True:
                 refused |= is_finished.all(axis=1, keepdims=True)
             scores[refused] += IMPOSSIBLE
-            best, order = top(np.concatenate([finished.scores, scores], axis=1), beams)
+            # The new come first: where both are impossible, a sequence with tokens is better than an empty place.
+            best, order = top(np.concatenate([scores, finished.scores], axis=1), beams)
             ended = _continue(running, found, source, slice(0, beams), length, prompt_length)
             finished = _Hypotheses(
-                np.concatenate([finished.ids, ended.ids], axis=1)[source, order],
-                np.concatenate([finished.parents, ended.parents], axis=1)[source, order],
+                np.concatenate([ended.ids, finished.ids], axis=1)[source, order],
+                np.concatenate([ended.parents, finished.parents], axis=1)[source, order],
                 best,
             )
-            is_finished = np.concatenate([is_finished, hits[:, :beams]], axis=1)[source, order]
+            is_finished = np.concatenate([hits[:, :beams], is_finished], axis=1)[source, order]
 
         alive, picked = top(np.where(hits, found.scores + IMPOSSIBLE, found.scores), beams)
         running = _continue(running, found, source, picked, length, prompt_length)
@@ -130,33 +131,32 @@ class _Chooser:
 
     def __init__(self, options: GenerationOptions, processors: Processors, count: int) -> None:
         self._processors, self._count = processors, count
-        self._tolerant = options.remove_invalid_values
         self._generator = np.random.default_rng(options.seed) if options.do_sample else None
         self._scratch: Floats | None = None
 
     def __call__(self, logits: Floats, running: _Hypotheses, length: int) -> _Candidates:
         sources, beams = running.scores.shape
         if self._generator is None and not self._processors.active(length):
-            scores, tokens = self._best_of_each(logits)
+            scores, tokens = self._best_of_each(logits, length)
         else:
             log_probabilities = log_softmax(logits)
-            self._check(log_probabilities[:, 0], length)
             self._processors(running.ids[:, :, :length].reshape(len(logits), length), log_probabilities)
+            _check(log_probabilities.max(axis=1), length)
             if self._generator is not None:
                 return self._draw(log_probabilities, running, self._generator)
             scores, tokens = top(log_probabilities, min(self._count, logits.shape[1]))
-        self._check(scores[:, 0], length)
         each = scores.shape[1]
         summed = (scores.reshape(sources, beams, each) + running.scores[:, :, None]).reshape(sources, beams * each)
         best, order = top(summed, self._count)
         return _Candidates(order // each, np.take_along_axis(tokens.reshape(sources, beams * each), order, axis=1), best)
 
-    def _best_of_each(self, logits: Floats) -> tuple[Floats, Ids]:
+    def _best_of_each(self, logits: Floats, length: int) -> tuple[Floats, Ids]:
         """Log probabilities and tokens [R,C] of each row's best; only the best are normalised, in one pass over the vocabulary."""
+        largest = logits.max(axis=1, keepdims=True)
+        _check(largest, length)
         values, tokens = top(logits, min(self._count, logits.shape[1]))
         if self._scratch is None:
             self._scratch = np.empty(logits.shape, np.float32)
-        largest = values[:, :1]
         np.subtract(logits, largest, out=self._scratch)
         np.exp(self._scratch, out=self._scratch)
         return (values - largest) - np.log(self._scratch.sum(axis=1, keepdims=True)), tokens
@@ -169,10 +169,11 @@ class _Chooser:
         drawn = draw_several(summed, self._count, generator)
         return _Candidates(drawn // vocabulary, drawn % vocabulary, np.take_along_axis(summed, drawn, axis=1))
 
-    def _check(self, scores: Floats, length: int) -> None:
-        """One score a row tells: log_softmax spreads a NaN over its row."""
-        if np.isnan(scores).any() and not self._tolerant:
-            raise not_a_number(length)
+
+def _check(largest: Floats, length: int) -> None:
+    """The largest score of each row tells: numpy's maximum of anything and NaN is NaN."""
+    if np.isnan(largest).any():
+        raise not_a_number(length)
 
 
 def not_a_number(length: int) -> TxoptError:

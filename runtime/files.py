@@ -99,13 +99,10 @@ def sha256(path: Path) -> tuple[int, str]:
     Raises:
         OSError: it cannot be read, or is a link.
     """
-    digest, size, buffer = hashlib.sha256(), 0, bytearray(_BUFFER)
-    view = memoryview(buffer)
+    # Larger buffers than file_digest's own were measured and change nothing: the time is SHA-256's.
     with open(path, "rb", buffering=0, opener=_open) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-            size += count
-    return size, digest.hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from txopt.runtime.strict_json import Fields, show
 
-AXES = ("B", "R", "Q", "S", "T", "H", "D", "M", "V")
+AXES = ("B", "R", "Q", "S", "T")  # the lengths that vary; H, D, M and V are numbers in every graph
 DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
 FLOATS = DTYPES[:3]
 Axes = tuple[str | int, ...]
@@ -23,7 +23,7 @@ _TENSOR_NAME = re.compile(r"[A-Za-z0-9._/:-]{1,200}", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One input or output of a graph; an axis is a letter of the alphabet (any length) or a fixed length."""
+    """One input or output of a graph; an axis is a letter of AXES (its length varies) or a fixed length."""
 
     name: str
     dtype: str
@@ -141,7 +141,8 @@ def _of_encoder(encoder: GraphSpec, cross: tuple[TensorSpec, ...]) -> Iterator[s
         found = ", ".join(show(out.name) for out in cross[:8]) or "none"
         yield f"graphs.encoder.outputs: expected cross_key.i and cross_value.i for i from 0, found {found}"
     for out in cross:
-        if len(out.axes) != 4 or out.axes[0] != "B" or out.dtype not in FLOATS:
+        fixed = [axis for axis in out.axes[1::2] if isinstance(axis, int)]
+        if len(out.axes) != 4 or out.axes[0] != "B" or len(fixed) != 2 or out.dtype not in FLOATS:
             yield f"graphs.encoder.outputs: expected {show(out.name)} [B,H,T,D] of a float type, found {out}"
 
 
@@ -167,8 +168,12 @@ def _of_decoder(decoder: GraphSpec, cache: CacheSpec, cross: tuple[TensorSpec, .
 
     outputs = {tensor.name: tensor for tensor in decoder.outputs}
     logits = outputs.get("logits")
-    if logits is None or logits.dtype != "float32" or logits.axes[:2] != ("R", "Q") or len(logits.axes) != 3:
+    if logits is None or logits.dtype != "float32" or not _rows_queries_and_vocabulary(logits.axes):
         yield f"graphs.decoder.outputs: expected logits float32 [R,Q,V], found {logits or 'none'}"
     for tensor in cache.tensors("present"):
         if (found := outputs.get(tensor.name)) != tensor:
             yield f"graphs.decoder.outputs: expected {tensor}, found {found or 'none'}"
+
+
+def _rows_queries_and_vocabulary(axes: Axes) -> bool:
+    return len(axes) == 3 and axes[:2] == ("R", "Q") and isinstance(axes[2], int)

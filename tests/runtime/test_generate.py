@@ -17,9 +17,9 @@ from txopt.runtime.errors import InputError, TxoptError, UsageError
 from txopt.runtime.generate import OpenDecoder, generate, tokens
 from txopt.runtime.options import GenerationOptions
 
-SCORE_TOLERANCE = 1e-4
+SCORE_TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}  # relative, for negative length penalties make large scores
 STEP_BUDGET = 60e-6  # seconds of Python per greedy step at batch 1, the whole loop's
-NEW = {"max_new_tokens": 14}
+NEW = {"max_new_tokens": 11}
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +96,14 @@ def assert_equal(name: str, options: dict[str, Any]) -> Ids:
     else:
         assert got.scores is not None
         assert got.scores.dtype == np.float32
-        np.testing.assert_allclose(got.scores, expected.sequences_scores.numpy(), atol=SCORE_TOLERANCE, rtol=0)
+        np.testing.assert_allclose(got.scores, expected.sequences_scores.numpy(), **SCORE_TOLERANCE)
         np.testing.assert_array_equal(got.beam_indices, expected.beam_indices.numpy())
     return got.sequences
 
 
+FREQUENT = {"t5": [27, 43, 45], "bart": [18, 33, 21], "gpt2": [34, 8, 28]}  # words that the models like to say
 MODELS = ("t5", "bart", "gpt2")
-BEAMS: tuple[dict[str, Any], ...] = ({}, {"num_beams": 2}, {"num_beams": 4})
+BEAMS: tuple[dict[str, Any], ...] = ({}, {"num_beams": 3})
 
 CONSTRAINTS: tuple[dict[str, Any], ...] = (
     {},
@@ -114,34 +115,35 @@ CONSTRAINTS: tuple[dict[str, Any], ...] = (
     {"no_repeat_ngram_size": 3, "repetition_penalty": 1.2},
     {"encoder_no_repeat_ngram_size": 1},
     {"encoder_no_repeat_ngram_size": 2},
-    {"bad_words_ids": [[43], [0], [14, 46], [16, 16], [7, 22, 2], [1]]},
-    {"suppress_tokens": [0, 16, 46, 14]},
+    {"bad_words_ids": [[43], [13], [39, 34], [3, 32], [47, 47], [44, 17, 4], [1], [2]]},
+    {"suppress_tokens": [37, 27, 42, 13, 46, 35]},
     {"suppress_tokens": [-1, 3, 99]},
-    {"begin_suppress_tokens": [0, 14, 16, 29]},
-    {"begin_suppress_tokens": [0, 14, 16, 29], "forced_bos_token_id": 9},
+    {"begin_suppress_tokens": [37, 32, 42, 15, 46, 35]},
+    {"begin_suppress_tokens": [37, 32, 42, 15, 46, 35], "forced_bos_token_id": 9},
     {"forced_bos_token_id": 5},
     {"forced_eos_token_id": 6},
+    {"forced_eos_token_id": [9, 6, 8], "suppress_tokens": [9, 8]},
     {"min_length": 12},
     {"min_new_tokens": 9},
     {"min_new_tokens": 3, "min_length": 12},
     {"min_new_tokens": 40},
     {"exponential_decay_length_penalty": (2, 1.4)},
     {"remove_invalid_values": True, "renormalize_logits": True},
-    {"eos_token_id": 16},
-    {"eos_token_id": [16, 14, 29, 7]},
-    {"eos_token_id": [16, 14], "pad_token_id": 3, "forced_eos_token_id": 14},
+    {"eos_token_id": 43},
+    {"eos_token_id": [27, 18, 34, 8]},
+    {"eos_token_id": [27, 18, 34], "pad_token_id": 3, "forced_eos_token_id": 18},
     {"eos_token_id": -1},
     {"max_length": 9, "max_new_tokens": None},
     {"max_length": 40, "max_new_tokens": 3},
     {"max_new_tokens": 1},
-    {"max_new_tokens": 1, "eos_token_id": 16, "forced_bos_token_id": 16},
+    {"max_new_tokens": 1, "eos_token_id": 13, "forced_bos_token_id": 13},
 )
 
 SEARCHES: tuple[dict[str, Any], ...] = tuple(
     {"num_beams": beams, "early_stopping": early, "length_penalty": penalty, "num_return_sequences": returned}
     for beams, returned in ((2, 1), (3, 3), (4, 2))
     for early in (True, False, "never")
-    for penalty in (-2.0, 0.0, 1.0, 2.5)
+    for penalty in (-1.0, 0.0, 2.5)
 )
 
 
@@ -160,22 +162,19 @@ def test_constraints_give_transformers_ids_greedily_and_with_beams(name: str, co
 @pytest.mark.parametrize("name", MODELS)
 def test_beams_stop_and_rank_as_transformers_do(name: str, search: dict[str, Any]) -> None:
     assert_equal(name, NEW | search)
-    assert_equal(name, NEW | search | {"eos_token_id": [16, 14, 29], "no_repeat_ngram_size": 2})
+    assert_equal(name, NEW | search | {"eos_token_id": FREQUENT[name], "max_new_tokens": 7})
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_cases_are_worth_comparing(name: str) -> None:
     """Rows differ, say different words and end at different lengths: otherwise equal ids would prove little."""
-    eos = source(name).model.generation_config.eos_token_id
-    for options in ({"forced_eos_token_id": None}, {"num_beams": 4}):
-        new = ours(name, **NEW, **options).sequences[:, source(name).prompt.shape[1] :]
-        assert len(np.unique(new, axis=0)) == len(new)
+    for beams in BEAMS:
+        new = ours(name, **NEW, **beams).sequences[:, source(name).prompt.shape[1] :]
+        assert len(np.unique(new, axis=0)) >= 3
         assert len(np.unique(new)) > 10
-    lengths = {
-        tuple((new[:, None] == [eos, 16, 14]).any(axis=(1, 2)))
-        for new in (ours(name, **NEW, eos_token_id=[eos, 16, 14], forced_eos_token_id=None).sequences[:, 8:],)
-    }
-    assert lengths
+        new = ours(name, **NEW, **beams, eos_token_id=FREQUENT[name]).sequences[:, source(name).prompt.shape[1] :]
+        ended = np.isin(new, FREQUENT[name])
+        assert len(set(np.where(ended.any(axis=1), ended.argmax(axis=1), -1))) >= 3
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -183,7 +182,7 @@ def test_the_cases_are_worth_comparing(name: str) -> None:
 def test_a_decoder_prompt_of_several_tokens_is_continued(name: str, beams: dict[str, Any]) -> None:
     given = source(name)
     prompt = np.concatenate([given.prompt, [[9, 5], [6, 33], [21, 7], [8, 8]]], axis=1)
-    options = {**NEW, **beams, "forced_bos_token_id": 4, "begin_suppress_tokens": [16, 14, 29], "min_length": 8}
+    options = {**NEW, **beams, "forced_bos_token_id": 4, "begin_suppress_tokens": [47, 37, 13], "min_length": 8}
     expected = theirs(name, decoder_input_ids=torch.tensor(prompt), **options).sequences
     np.testing.assert_array_equal(ours(name, prompt, **options).sequences, expected.numpy())
 
@@ -191,9 +190,9 @@ def test_a_decoder_prompt_of_several_tokens_is_continued(name: str, beams: dict[
 @pytest.mark.parametrize("name", MODELS)
 def test_random_combinations_of_options_agree(name: str) -> None:
     random = np.random.default_rng(7)
-    for _ in range(25):
+    for _ in range(15):
         options: dict[str, Any] = dict(NEW)
-        for constraint in random.choice(len(CONSTRAINTS), size=3, replace=False):
+        for constraint in random.choice(len(CONSTRAINTS), size=2, replace=False):
             options |= CONSTRAINTS[constraint]
         options |= SEARCHES[random.integers(len(SEARCHES))] if random.random() < 0.8 else {}
         assert_equal(name, options)

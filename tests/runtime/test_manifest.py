@@ -5,7 +5,9 @@ import dataclasses
 import enum
 import json
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,10 @@ from hypothesis import strategies as st
 
 from tests.runtime.artifacts import Document, manifest, put
 from txopt.runtime.errors import ArtifactError
-from txopt.runtime.manifest import FORMAT, LARGEST, Manifest
+from txopt.runtime.files import PICKLES, SUFFIXES
+from txopt.runtime.graphs import AXES, DTYPES, CacheSpec, GraphSpec, TensorSpec
+from txopt.runtime.manifest import FORMAT, FRONTENDS, KINDS, LARGEST, PRECISIONS, TARGETS, TOKENIZERS, Manifest
+from txopt.runtime.strict_json import DEEPEST
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -98,6 +103,12 @@ def test_every_key_must_be_there(key: str) -> None:
         (put("graphs/encoder/inputs/0/name", "attention_mask"), "expected different names"),
         (put("graphs/encoder/inputs/0/name", "a\nb"), "expected letters"),
         (put("graphs/encoder/inputs/0/axes/0", "N"), r"axes\[0\]: expected a length of at least 1, or one of B R"),
+        (
+            put("graphs/encoder/inputs/0/axes/1", "V"),
+            r"axes\[1\]: expected a length of at least 1, or one of B R Q S T",
+        ),
+        (put("graphs/decoder/outputs/0/axes/2", "T"), r"expected logits float32 \[R,Q,V\]"),
+        (put("graphs/encoder/outputs/1/axes/1", "T"), r"expected 'cross_key.0' \[B,H,T,D\]"),
         (put("graphs/encoder/inputs/0/axes/0", 0), r"axes\[0\]: expected a length"),
         (put("graphs/encoder/inputs/0/axes/0", True), r"axes\[0\]: expected a length"),
         (put("graphs/encoder/outputs/0/name", "states"), "expected memory"),
@@ -196,6 +207,16 @@ def test_a_tuple_is_written_as_a_list() -> None:
 def test_a_manifest_that_no_reader_accepts_is_not_written() -> None:
     with pytest.raises(ArtifactError, match="keep cases in files"):
         dataclasses.replace(manifest(), parity={"cases": "x" * LARGEST}).to_bytes()
+
+
+def test_the_specification_names_everything_that_is_checked() -> None:
+    text = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8")
+    keys = [field.name for kind in (Manifest, CacheSpec, GraphSpec, TensorSpec) for field in dataclasses.fields(kind)]
+    words = [*keys, *KINDS, *PRECISIONS, *TARGETS, *FRONTENDS, *TOKENIZERS, *DTYPES, *AXES, *SUFFIXES, *PICKLES]
+    assert [word for word in words if not re.search(rf"[`\"{{]{re.escape(word)}[`\"}}]", text)] == []
+    assert f"version {FORMAT}\n" in text
+    assert f"{LARGEST >> 20} MiB" in text
+    assert f"nested at most {DEEPEST} deep" in text
 
 
 @given(st.sampled_from([field.name for field in dataclasses.fields(Manifest)]), JSON)

@@ -60,7 +60,7 @@ def _talkative(model: Any, end: int, loudness: float = 1.5, gain: float = 1.7) -
                 parameter.normal_(std=3)
             elif "lm_head" in name:
                 parameter.normal_(std=loudness / parameter.shape[1] ** 0.5)
-                parameter[end] *= 1.6
+                parameter[end] *= 1.3
             elif "encoder_attn.out" in name or "EncDecAttention.o" in name:
                 parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5)  # the source matters, the words said so far matter more
             elif parameter.ndim > 1:
