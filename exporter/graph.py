@@ -1,6 +1,8 @@
 """Queries and edits on onnx_ir models that every stage shares; they know no family and no engine."""
 
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +32,25 @@ def clean(model: ir.Model) -> ir.Model:
         model = remove(model).model
     _strip(model)
     return model
+
+
+def name_axes(model: ir.Model, axes: Mapping[str, Sequence[str | int]]) -> None:
+    """Gives every symbolic axis the name that ``axes`` has for it, by input or output; torch's own names go everywhere."""
+    names: dict[str, str] = {}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        for dim, axis in zip(value.shape or (), axes[str(value.name)], strict=True):
+            if isinstance(dim, ir.SymbolicDim) and isinstance(axis, str) and dim.value is not None:
+                names[str(dim.value)] = axis
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+
+    def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None or symbol is None:
+            return dim if isinstance(dim, int) else None
+        return symbol.sub(lambda match: names[match.group()], str(dim.value))
+
+    for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
 def count(model: ir.Model) -> dict[str, int]:

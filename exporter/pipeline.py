@@ -16,6 +16,7 @@ import txopt
 from txopt.exporter import checkpoint, fusion, graph, reference, weights
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import collect
+from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.trace import DTYPES, Trace, trace
 from txopt.runtime import cases as reference_cases
 from txopt.runtime.artifact import Artifact
@@ -25,8 +26,7 @@ from txopt.runtime.options import UNSUPPORTED, GenerationOptions
 from txopt.runtime.parity import ParityReport, replay
 from txopt.runtime.writer import ArtifactWriter
 
-STAGES = ("load", "record", "trace", "fuse", "write", "verify")
-_TARGETS = ("cpu", "cuda")
+STAGES = ("load", "record", "trace", "fuse", "lower", "write", "verify")
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 # What the manifest keeps of a generation configuration: what generate() acts on or refuses, and the speech front end's defaults.
@@ -71,6 +71,9 @@ def export(
         traced = trace(opened.source, DTYPES[precision])
         report("fuse")
         fused = {name: _fuse(model) for name, model in traced.graphs.items()}
+        report("lower")
+        for model in traced.graphs.values():
+            LOWERINGS[target](model)
         report("write")
         weights.write(traced.graphs, writer.directory)
         reference_cases.save(cases, writer.directory)
@@ -88,8 +91,8 @@ def record_and_replay(artifact: Artifact, source: Any, *, trust_remote_code: boo
 
 def _check_options(target: str, precision: str) -> None:
     problems = []
-    if target not in _TARGETS:
-        problems.append(f"target: expected one of {', '.join(_TARGETS)}, got {target!r}")
+    if target not in LOWERINGS:
+        problems.append(f"target: expected one of {', '.join(LOWERINGS)}, got {target!r}")
     if precision not in DTYPES:
         problems.append(f"precision: expected one of {', '.join(DTYPES)}, got {precision!r}")
     if problems:

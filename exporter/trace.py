@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from txopt.exporter.graph import clean
+from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.source import KV, Input, Source
 from txopt.runtime.errors import SourceError
@@ -169,7 +169,9 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object
     )
     if program is None:
         raise SourceError("torch.onnx.export returned nothing")
-    return clean(program.model)
+    model = clean(program.model)
+    name_axes(model, {item.name: item.axes for item in (*spec.inputs, *spec.outputs)})
+    return model
 
 
 @contextlib.contextmanager

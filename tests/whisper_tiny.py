@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -121,3 +122,9 @@ def _attention(to: str, own: dict[str, np.ndarray], name: str, packed: tuple[str
 def _norm(to: str, own: dict[str, np.ndarray], name: str) -> Iterator[tuple[str, np.ndarray]]:
     yield f"{to}.weight", own[f"{name}/gamma"]
     yield f"{to}.bias", own[f"{name}/beta"]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tests.whisper_tiny DIR")
+    print(checkpoint(Path(sys.argv[1])))

@@ -1,1 +1,9 @@
-"""From the neutral graph to what one engine runs best: one file per target."""
+"""From neutral graphs to what one engine runs best: the last step, a function for every target."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from txopt.exporter.lowering import ort
+
+LOWERINGS: dict[str, Callable[[ir.Model], None]] = {"cpu": ort.lower, "cuda": ort.lower}
