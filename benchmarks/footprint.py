@@ -13,7 +13,9 @@ from typing import Any
 from txopt.runtime.errors import TxoptError
 
 
-def footprint(artifact: Path, *, batch: int, source_length: int, new_tokens: int, threads: int | None) -> dict[str, float]:
+def footprint(
+    artifact: Path, *, batch: int, source_length: int, new_tokens: int, threads: int | None
+) -> dict[str, float]:
     """load_s, peak_mb and base_mb (the process before it loads anything) of load + generate."""
     arguments = [str(artifact), str(batch), str(source_length), str(new_tokens), str(threads or 0)]
     command = [sys.executable, "-m", "txopt.benchmarks.footprint", *arguments]

@@ -50,7 +50,13 @@ def measure(
         path, batch=1, source_length=settings.source_length, new_tokens=settings.new_tokens, threads=settings.threads
     )
     size = sum(entry.size for entry in model.manifest.files.values())
-    document = {"artifact": str(path), "settings": asdict(settings), "batches": rows, "size_mb": round(size / 1e6, 2), **cost}
+    document = {
+        "artifact": str(path),
+        "settings": asdict(settings),
+        "batches": rows,
+        "size_mb": round(size / 1e6, 2),
+        **cost,
+    }
     return document, _text(document)
 
 
@@ -61,8 +67,10 @@ def _batch(model: Model, other: Peer | None, batch: int, settings: Settings) -> 
     ours = answers["txopt"]
     for name, theirs in answers.items():
         if not np.array_equal(ours, theirs):
-            raise ParityError(f"{name} generated other ids than txopt at batch {batch}; expected equal ids before any time is compared")
-    calls = {peer.name: lambda peer=peer: peer.generate(inputs, settings.new_tokens) for peer in peers}  # type: ignore[misc]
+            raise ParityError(
+                f"{name} generated other ids than txopt at batch {batch}; expected equal ids before any time is compared"
+            )
+    calls = {peer.name: lambda peer=peer: peer.generate(inputs, settings.new_tokens) for peer in peers}
     times = in_turn(calls, repeats=settings.repeats)
     first, token = _latencies(model, inputs, settings)
     row: dict[str, Any] = {
@@ -79,7 +87,8 @@ def _batch(model: Model, other: Peer | None, batch: int, settings: Settings) -> 
 
 def _latencies(model: Model, inputs: Any, settings: Settings) -> tuple[Timing, Timing]:
     """Seconds to the first token, and between two later ones."""
-    firsts, later = [], []
+    firsts: list[float] = []
+    later: list[float] = []
     for _ in range(settings.repeats):
         start = last = time.perf_counter()
         for index, _token in enumerate(
@@ -95,9 +104,13 @@ def _text(document: dict[str, Any]) -> str:
     lines = []
     for row in document["batches"]:
         for name, value in row.get("ratio", {}).items():
-            lines.append(f"batch {row['batch']}: {value['median']:.2f}x {name} ({value['least']:.2f} to {value['most']:.2f}), same ids")
+            lines.append(
+                f"batch {row['batch']}: {value['median']:.2f}x {name} ({value['least']:.2f} to {value['most']:.2f}), same ids"
+            )
         for name, value in row["whole"].items():
-            lines.append(f"  {name}: {value['median_ms']:.1f} ms ({value['fastest_ms']:.1f} to {value['slowest_ms']:.1f}) for the whole")
+            lines.append(
+                f"  {name}: {value['median_ms']:.1f} ms ({value['fastest_ms']:.1f} to {value['slowest_ms']:.1f}) for the whole"
+            )
         lines.append(
             f"  first token {row['first_token']['median_ms']:.1f} ms, then {row['per_token']['median_ms']:.2f} ms each; "
             f"{row['tokens_per_second']:.0f} tokens/s"

@@ -11,7 +11,9 @@ from txopt.runtime.manifest import Manifest
 def draw(manifest: Manifest, batch: int, length: int, *, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Inputs by name: ``batch`` unpadded sources of ``length`` ids (no special ids), or float inputs of the model's fixed sizes."""
     generator = np.random.default_rng(seed)
-    special = {value for name, value in manifest.generation.items() if name.endswith("token_id") and isinstance(value, int)}
+    special = {
+        value for name, value in manifest.generation.items() if name.endswith("token_id") and isinstance(value, int)
+    }
     ordinary = np.setdiff1d(np.arange(3, 1000), sorted(special))
     if manifest.kind == "decoder":
         ids = generator.choice(ordinary[ordinary < manifest.graphs["decoder"].outputs[0].axes[-1]], (batch, length))

@@ -3,6 +3,7 @@
 A peer is a name, a function from inputs to ids, and nothing else; a new one is a class here and a line in PEERS.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,20 +51,20 @@ class TorchEager:
             torch.set_num_threads(threads)
         self._torch = torch
         self._source = load(source, DTYPES[precision]).source
-        if hasattr(self._source.module, "set_attn_implementation"):
-            try:
-                self._source.module.set_attn_implementation("sdpa")  # its fastest; the reference runs eager
-            except ValueError:  # families whose attention is written out have no choice
-                pass
+        module: Any = self._source.module
+        if hasattr(module, "set_attn_implementation"):
+            # Its fastest, where the family has a choice; the reference run is eager.
+            with contextlib.suppress(ValueError):
+                module.set_attn_implementation("sdpa")
 
     def generate(self, inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:
         tensors = {name: self._torch.from_numpy(value) for name, value in inputs.items()}
         with self._torch.no_grad():
             options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "num_beams": 1, "do_sample": False}
-            ids = self._source.generate(tensors, **options)
-        if ids is None:
+            found = self._source.generate(tensors, **options)
+        if found is None:
             raise UsageError("this source has no generate() of its own to compare with")
-        return np.asarray(ids.numpy(), np.int64)
+        return np.asarray(found.ids.numpy(), np.int64)
 
 
 PEERS: dict[str, Callable[[str, str, int | None], Peer]] = {"torch": TorchEager}
@@ -74,5 +75,7 @@ def open_peer(name: str, source: str | Path | None, precision: str, threads: int
     if name not in PEERS:
         raise UsageError(f"--against: expected one of {', '.join(PEERS)}, got {name!r}")
     if source is None:
-        raise UsageError(f"--against {name} needs --source: the checkpoint or factory that the artifact was exported from")
+        raise UsageError(
+            f"--against {name} needs --source: the checkpoint or factory that the artifact was exported from"
+        )
     return PEERS[name](str(source), precision, threads)

@@ -24,7 +24,11 @@ class Timing:
 
     def to_json(self) -> dict[str, float]:
         low, high = self.spread
-        return {"median_ms": round(self.median * 1e3, 3), "fastest_ms": round(low * 1e3, 3), "slowest_ms": round(high * 1e3, 3)}
+        return {
+            "median_ms": round(self.median * 1e3, 3),
+            "fastest_ms": round(low * 1e3, 3),
+            "slowest_ms": round(high * 1e3, 3),
+        }
 
 
 def in_turn(calls: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1) -> dict[str, Timing]:

@@ -53,7 +53,8 @@ def routed(model: nn.Module) -> Iterator[None]:
     """Inside, every attention of ``model`` runs through ``attend``; afterwards the model's own choice is back."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    found: list[Any] = [getattr(part, "config", None) for part in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     chosen = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():

@@ -76,7 +76,9 @@ class CrossCollector:
 
     def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
         if layer != len(self.cross_kv):
-            raise TxoptError(f"decode() asks for cross-attention of layer {layer} after {len(self.cross_kv)} layers: number them 0, 1, ...")
+            raise TxoptError(
+                f"decode() asks for cross-attention of layer {layer} after {len(self.cross_kv)} layers: number them 0, 1, ..."
+            )
         self.cross_kv.append(kv())
         return q
 

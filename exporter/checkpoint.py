@@ -87,7 +87,9 @@ def _call_factory(text: str) -> tuple[Any, Path | None]:
     try:
         imported = importlib.import_module(name)
     except ImportError as err:
-        raise SourceError(f"{text}: cannot import {name}: {err}; run txopt where `python -c 'import {name}'` works") from err
+        raise SourceError(
+            f"{text}: cannot import {name}: {err}; run txopt where `python -c 'import {name}'` works"
+        ) from err
     finally:
         sys.path.remove(str(Path.cwd()))
     factory = getattr(imported, attribute, None)

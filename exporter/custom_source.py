@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from txopt.exporter.cache import CrossCollector, DecodeState
 from txopt.exporter.custom import CrossKV, FullSequence
 from txopt.exporter.families.family import TEXT
-from txopt.exporter.source import KV, Facts, Forward
+from txopt.exporter.source import KV, Facts, Forward, Generated
 from txopt.runtime.errors import SourceError, explain
 
 _SPECIAL_IDS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
@@ -67,7 +67,12 @@ class CustomSource:
         return memory, *(x for pair in collector.cross_kv for x in pair)
 
     def decode(
-        self, tokens: Tensor, position: Tensor, source_mask: Tensor | None, self_kv: Sequence[KV], cross_kv: Sequence[KV]
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        source_mask: Tensor | None,
+        self_kv: Sequence[KV],
+        cross_kv: Sequence[KV],
     ) -> tuple[Tensor, list[KV]]:
         state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_mask)
         memory = torch.zeros(1, 1, self._width, dtype=cross_kv[0][0].dtype)  # its K/V are there already
@@ -82,7 +87,7 @@ class CustomSource:
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise SourceError("a custom module is an encoder-decoder; encoders alone come from checkpoints")
 
-    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor | None:
+    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Generated | None:
         """Greedy ids by the plainest loop there is; None for beams, which a custom module has no reference for."""
         if options.get("num_beams", 1) != 1:
             return None
@@ -99,7 +104,7 @@ class CustomSource:
             finished |= chosen == generation["eos_token_id"]
             if finished.all():
                 break
-        return ids
+        return Generated(ids)
 
 
 def _check(module: Any) -> None:
@@ -120,5 +125,7 @@ def _source_vocabulary(module: nn.Module) -> int:
     size = getattr(module, "source_vocabulary", None)
     tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
     if size is None and not tables:
-        raise SourceError("the number of source ids is unknown: the module has no nn.Embedding; give it source_vocabulary = N")
+        raise SourceError(
+            "the number of source ids is unknown: the module has no nn.Embedding; give it source_vocabulary = N"
+        )
     return int(size if size is not None else min(tables))

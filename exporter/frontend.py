@@ -290,7 +290,7 @@ def _processor(source: Path, part: str) -> dict[str, Any]:
 def _save(tokenizer: Tokenizer, path: Path) -> None:
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.save(str(path))
+    tokenizer.save(str(path), pretty=False)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def clean(model: ir.Model) -> ir.Model:
     for remove in (
         passes.CommonSubexpressionEliminationPass(),
         passes.RemoveUnusedNodesPass(),
-        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.RemoveUnusedOpsetsPass(),
     ):
         model = remove(model).model
@@ -117,7 +117,7 @@ def _strip(model: ir.Model) -> None:
 
 
 def _readable(scope: str) -> str:
-    """"['', 'module', 'module.decoder.block.0', 'matmul']" to "decoder.block.0/"."""
+    """ "['', 'module', 'module.decoder.block.0', 'matmul']" to "decoder.block.0/"."""
     parts = [part.strip(" '[]") for part in scope.split(",")]
     modules = [part.removeprefix(WEIGHT_PREFIX) for part in parts[:-1] if part.startswith(WEIGHT_PREFIX)]
     return f"{modules[-1]}/" if modules else ""

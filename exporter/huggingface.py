@@ -20,7 +20,7 @@ from txopt.exporter.cache import DecodeState, as_transformers, collecting, curre
 from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
 from txopt.exporter.pooling import Pooling, read_pooling
-from txopt.exporter.source import KV, Facts, Forward, Input
+from txopt.exporter.source import KV, Facts, Forward, Generated, Input
 from txopt.runtime.errors import SourceError
 
 # The architecture's suffix says what an encoder alone is for.
@@ -92,7 +92,12 @@ class HuggingFaceSource:
         return [x for layer in cache.cross_attention_cache.layers for x in (layer.keys, layer.values)]
 
     def decode(
-        self, tokens: Tensor, position: Tensor, source_mask: Tensor | None, self_kv: Sequence[KV], cross_kv: Sequence[KV]
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        source_mask: Tensor | None,
+        self_kv: Sequence[KV],
+        cross_kv: Sequence[KV],
     ) -> tuple[Tensor, list[KV]]:
         state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_mask)
         arguments: dict[str, Any] = {"past_key_values": as_transformers(state), "use_cache": True}
@@ -126,19 +131,25 @@ class HuggingFaceSource:
         encoded = self.module.get_encoder()(**inputs)
         arguments = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
         out = self.module(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded[0]), decoder_input_ids=tokens, use_cache=True, **arguments
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded[0]),
+            decoder_input_ids=tokens,
+            use_cache=True,
+            **arguments,
         )
         cache = out.past_key_values
-        return Forward(encoded[0], out.logits.float(), _kv(cache.self_attention_cache), _kv(cache.cross_attention_cache))
+        return Forward(
+            encoded[0], out.logits.float(), _kv(cache.self_attention_cache), _kv(cache.cross_attention_cache)
+        )
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = self.module(**inputs)
         return dict(zip(self.facts.outputs, self._named_outputs(result, inputs.get("attention_mask")), strict=True))
 
-    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor | None:
+    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Generated | None:
         # The mixin's own, which all families share: Whisper's override adds long form and cuts the prompt away.
-        result = GenerationMixin.generate(self.module, **inputs, **options)  # type: ignore[arg-type]
-        return result if isinstance(result, Tensor) else result.sequences
+        asked = {**options, "return_dict_in_generate": True, "output_scores": True}
+        result: Any = GenerationMixin.generate(self.module, **inputs, **asked)
+        return Generated(result.sequences, getattr(result, "sequences_scores", None))
 
 
 def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> HuggingFaceSource:
@@ -159,7 +170,9 @@ def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
     name = next(iter(config.architectures or []), None)
     architecture = getattr(transformers, name, None) if name else None
     if architecture is None:
-        raise SourceError(f"config.json of {directory} names the architecture {name!r}, which transformers {transformers.__version__} does not have")
+        raise SourceError(
+            f"config.json of {directory} names the architecture {name!r}, which transformers {transformers.__version__} does not have"
+        )
     module = architecture.from_pretrained(
         directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="eager"
     )
@@ -173,13 +186,14 @@ def _prepare(module: PreTrainedModel, family: Family) -> Any:
     traced = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     if family.positions is not None:
         table = traced.get_submodule(family.positions.path)
-        traced.set_submodule(family.positions.path, RowPositions(table.weight, family.positions.offset))  # type: ignore[arg-type]
+        traced.set_submodule(family.positions.path, RowPositions(table.weight, family.positions.offset))
     return traced if family.hook is None else family.hook(traced)
 
 
 def _facts(module: PreTrainedModel, family: Family) -> Facts:
     config = module.config
-    task, outputs = family.task, ()
+    task = family.task
+    outputs: tuple[str, ...] = ()
     if family.kind == "encoder":
         name = type(module).__name__
         task, outputs = next((value for suffix, value in ENCODER_TASKS.items() if name.endswith(suffix)), EMBEDDING)

@@ -86,7 +86,9 @@ def _to_attention(q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, 
 
 
 def _to_cross_attention(q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float) -> ir.Value:
-    by_token = _op.Transpose(q, perm=[0, 2, 1, 3])  # [R,Q,H,D]: rows of one source are adjacent, so folding is a reshape
+    by_token = _op.Transpose(
+        q, perm=[0, 2, 1, 3]
+    )  # [R,Q,H,D]: rows of one source are adjacent, so folding is a reshape
     heads_size = _op.Shape(q, start=1, end=2), _op.Shape(q, start=3, end=4)
     shape = _op.Concat(_op.Shape(k, start=0, end=1), _ints(-1), *heads_size, axis=0)
     folded = _op.Transpose(_op.Reshape(by_token, shape), perm=[0, 2, 1, 3])

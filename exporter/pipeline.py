@@ -5,18 +5,20 @@ parity leaves nothing at OUT.
 """
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import txopt
 from txopt.exporter import checkpoint, fusion, graph, reference, weights
 from txopt.exporter.checkpoint import Checkpoint
-from txopt.exporter.frontend import collect
+from txopt.exporter.frontend import collect, collect_files
 from txopt.exporter.lowering import LOWERINGS
+from txopt.exporter.source import Source
 from txopt.exporter.trace import DTYPES, Trace, trace
 from txopt.runtime import cases as reference_cases
 from txopt.runtime.artifact import Artifact
@@ -74,12 +76,14 @@ def export(
         report("lower")
         for model in traced.graphs.values():
             LOWERINGS[target](model)
+        traced = traced.retyped()
         report("write")
         weights.write(traced.graphs, writer.directory)
         reference_cases.save(cases, writer.directory)
         manifest = _manifest(opened, traced, fused, writer.directory, target=target, precision=precision)
         report("verify")
-        parity = replay(writer.draft(manifest), reference_cases.load(writer.directory)).require()
+        skipped = reference.skipped(opened.source.facts)
+        parity = replay(writer.draft(manifest), reference_cases.load(writer.directory), skipped=skipped).require()
         return writer.commit(_certified(manifest, parity))
 
 
@@ -114,7 +118,7 @@ def _manifest(
         family=facts.family,
         precision=precision,
         target=target,
-        source=opened.origin,
+        source={**opened.origin, "fp32_islands": _islands(opened.source) if precision != "fp32" else []},
         versions={"txopt": txopt.__version__, **{name: version(name) for name in _VERSIONS}},
         graphs=traced.specs,
         cache=traced.cache,
@@ -126,6 +130,12 @@ def _manifest(
     )
 
 
+def _islands(source: Source) -> list[str]:
+    """Modules whose weights stay float32 in a narrower model (T5's wo), as transformers keeps them."""
+    wide = {name.rpartition(".")[0] for name, value in source.module.named_parameters() if value.dtype == torch.float32}
+    return sorted(wide)
+
+
 def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:
     facts = opened.source.facts
     labels = {} if facts.labels is None else {"labels": dict(facts.labels)}
@@ -134,18 +144,9 @@ def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:
         return {**found, **labels}
     if "source" not in opened.tokenizers:
         return {"type": "arrays"}
-    names = {"source": "tokenizer.json", "target": "target_tokenizer.json"}
-    for role, path in opened.tokenizers.items():
-        shutil.copyfile(path, directory / names[role])
-    target = {"target_tokenizer": names["target"]} if "target" in opened.tokenizers else {}
-    return {
-        "type": "text",
-        "tokenizer": names["source"],
-        **target,
-        "max_source_length": facts.source_limit,
-        "add_special_tokens": True,
-        "pad_token_id": facts.generation["pad_token_id"],
-    }
+    pad = int(facts.generation["pad_token_id"])
+    source, target = opened.tokenizers["source"], opened.tokenizers.get("target")
+    return collect_files(source, target, directory, pad_token_id=pad, source_limit=facts.source_limit)
 
 
 def _certified(manifest: Manifest, parity: ParityReport) -> Manifest:

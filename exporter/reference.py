@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from txopt.exporter.source import Facts, Forward, Source
-from txopt.runtime.cases import INPUT_STEP, Case, lengths, log_sum_exp, sample
+from txopt.runtime.cases import Case, draw_floats, lengths, log_sum_exp, sample
 from txopt.runtime.session import FIRST_BUCKET
 
 SEED = 20261123
@@ -34,8 +34,22 @@ def record(source: Source) -> list[Case]:
         return [_record(source, name, rows, schedule, generator) for name, rows, schedule in _cases(source.facts)]
 
 
+def skipped(facts: Facts) -> list[str]:
+    """What is not asked of this source, and why."""
+    if facts.kind == "encoder":
+        return ["no decoder: nothing is generated"]
+    asked = {name for name, _, _ in _cases(facts)}
+    return [
+        f'case "{name}": the model has {facts.limit} target positions, too few to outgrow the first buffer of {FIRST_BUCKET}'
+        for name, _, _ in _TEXT_CASES
+        if name not in asked
+    ]
+
+
 def _cases(facts: Facts) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    chosen = []
+    chosen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    rows: tuple[int, ...]
+    schedule: tuple[int, ...]
     for name, rows, schedule in _TEXT_CASES:
         if facts.kind == "encoder":
             if name == "past-the-first-bucket":
@@ -95,12 +109,13 @@ def _with_generated(source: Source, case: Case, tensors: Mapping[str, Tensor]) -
     common: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False}
     generated, options, margins, scores = {}, {}, None, None
     greedy = {**common, "num_beams": 1}
-    if (ids := source.generate(tensors, **greedy)) is not None:
-        generated["greedy"], options["greedy"] = ids.numpy(), greedy
-        margins = _margins(source, tensors, ids)
+    if (found := source.generate(tensors, **greedy)) is not None:
+        generated["greedy"], options["greedy"] = found.ids.numpy(), greedy
+        margins = _margins(source, tensors, found.ids)
     beam = {**common, "num_beams": BEAMS}
-    if facts.kind != "encoder" and (ids := source.generate(tensors, **beam)) is not None:
-        generated["beam"], options["beam"] = ids.numpy(), beam
+    if (found := source.generate(tensors, **beam)) is not None:
+        generated["beam"], options["beam"] = found.ids.numpy(), beam
+        scores = None if found.scores is None else found.scores.numpy()
     return Case(
         name=case.name,
         inputs=case.inputs,
@@ -118,7 +133,13 @@ def _margins(source: Source, tensors: Mapping[str, Tensor], ids: Tensor) -> Any:
     """How far the best logit is ahead of the second at every token of ``ids``, float32 [B,L-1]."""
     mask = None
     if source.facts.kind == "decoder":
-        mask = torch.cat([tensors["attention_mask"], torch.ones(len(ids), ids.shape[1] - tensors["attention_mask"].shape[1], dtype=torch.int64)], 1)
+        mask = torch.cat(
+            [
+                tensors["attention_mask"],
+                torch.ones(len(ids), ids.shape[1] - tensors["attention_mask"].shape[1], dtype=torch.int64),
+            ],
+            1,
+        )
     logits = source.forward(tensors, ids, mask).logits[:, :-1]
     top = logits.topk(2, dim=-1).values
     return (top[..., 0] - top[..., 1]).numpy()
@@ -138,7 +159,7 @@ def _inputs(source: Source, rows: tuple[int, ...], generator: np.random.Generato
             inputs[item.name] = np.where(mask == 1, ids, facts.generation.get("pad_token_id") or 0)
         else:
             shape = (len(rows), *(int(axis) for axis in item.axes[1:]))
-            inputs[item.name] = (generator.integers(-24, 25, shape) * INPUT_STEP).astype(np.float32)
+            inputs[item.name] = draw_floats(shape, generator)
     return inputs
 
 

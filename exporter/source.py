@@ -57,6 +57,14 @@ class Forward:
     cross_kv: list[KV]
 
 
+@dataclass
+class Generated:
+    """What PyTorch's search found: ids int64 [B,L], prompt included, and beam search's scores float32 [B]."""
+
+    ids: Tensor
+    scores: Tensor | None = None
+
+
 class Source(Protocol):
     """A model ready to be traced and questioned."""
 
@@ -69,7 +77,12 @@ class Source(Protocol):
         encoder-only models their named outputs."""
 
     def decode(
-        self, tokens: Tensor, position: Tensor, source_mask: Tensor | None, self_kv: Sequence[KV], cross_kv: Sequence[KV]
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        source_mask: Tensor | None,
+        self_kv: Sequence[KV],
+        cross_kv: Sequence[KV],
     ) -> tuple[Tensor, list[KV]]:
         """Traceable. Logits [R,Q,V] and the written buffers; see ``cache.DecodeState`` for the arguments."""
 
@@ -79,5 +92,5 @@ class Source(Protocol):
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PyTorch's own outputs of an encoder-only model."""
 
-    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Tensor | None:
+    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Generated | None:
         """PyTorch's own generate(); None where the model has none for these options."""

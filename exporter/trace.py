@@ -9,11 +9,13 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
@@ -35,6 +37,45 @@ class Trace:
     graphs: dict[str, ir.Model]
     specs: dict[str, GraphSpec]
     cache: CacheSpec | None
+
+    def retyped(self) -> "Trace":
+        """The same after a lowering that changed dtypes: the manifest says what the graphs now say."""
+        specs = {name: _retyped(spec, self.graphs[name]) for name, spec in self.specs.items()}
+        if self.cache is None:
+            return replace(self, specs=specs)
+        dtype = next(item.dtype for item in specs["decoder"].inputs if item.name == "self_key.0")
+        return replace(self, specs=specs, cache=replace(self.cache, dtype=dtype))
+
+
+def _retyped(spec: GraphSpec, model: ir.Model) -> GraphSpec:
+    names = {
+        ir.DataType.FLOAT: "float32",
+        ir.DataType.FLOAT16: "float16",
+        ir.DataType.BFLOAT16: "bfloat16",
+        ir.DataType.INT64: "int64",
+    }
+    dtypes = {
+        value.name: names[value.dtype]
+        for value in (*model.graph.inputs, *model.graph.outputs)
+        if value.dtype is not None
+    }
+    inputs = tuple(replace(item, dtype=dtypes[item.name]) for item in spec.inputs)
+    return replace(spec, inputs=inputs, outputs=tuple(replace(item, dtype=dtypes[item.name]) for item in spec.outputs))
+
+
+class _Finite(TorchFunctionMode):
+    """Answers "is everything finite?" with yes, which a trace cannot ask.
+
+    BART's and its relatives' encoders clamp float16 states where they have overflowed; parity refuses a model that does overflow.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _Yes() if func is torch.isfinite else func(*args, **(kwargs or {}))
+
+
+class _Yes:
+    def all(self) -> bool:
+        return True
 
 
 class _Encoder(nn.Module):
@@ -59,14 +100,19 @@ class _Decoder(nn.Module):
 
 def trace(source: Source, dtype: torch.dtype) -> Trace:
     """The neutral graphs of ``source``, whose weights are ``dtype`` already (but for its FP32 islands)."""
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _Finite():
         if source.facts.kind == "decoder":
             return _trace_decoder(source, dtype, memory=None, cross=[])
         examples = [example(item, dtype) for item in source.facts.inputs]
         results = source.encode(*examples)
         names = source.facts.outputs if source.facts.kind == "encoder" else _cross_names(len(results))
-        outputs = tuple(_spec(name, value, _encoder_axes(source, name, value)) for name, value in zip(names, results, strict=True))
-        inputs = tuple(TensorSpec(name=i.name, dtype=NAMES[v.dtype], axes=i.axes) for i, v in zip(source.facts.inputs, examples, strict=True))
+        outputs = tuple(
+            _spec(name, value, _encoder_axes(source, name, value)) for name, value in zip(names, results, strict=True)
+        )
+        inputs = tuple(
+            TensorSpec(name=i.name, dtype=NAMES[v.dtype], axes=i.axes)
+            for i, v in zip(source.facts.inputs, examples, strict=True)
+        )
         spec = GraphSpec(file="encoder.onnx", inputs=inputs, outputs=outputs)
         graph = _export(_Encoder(source), tuple(examples), (_dynamic(inputs),), spec)
         if source.facts.kind == "encoder":
@@ -85,7 +131,9 @@ def example(item: Input, dtype: torch.dtype) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def _trace_decoder(source: Source, dtype: torch.dtype, memory: Sequence[TensorSpec] | None, cross: list[Tensor]) -> Trace:
+def _trace_decoder(
+    source: Source, dtype: torch.dtype, memory: Sequence[TensorSpec] | None, cross: list[Tensor]
+) -> Trace:
     layers, heads, size = source_cache_shape(source, cross)
     pairs = [(k, v) for k, v in zip(cross[::2], cross[1::2], strict=True)]
     buffer = torch.zeros(EXAMPLE["R"], heads, EXAMPLE["S"], size, dtype=dtype)
@@ -120,10 +168,16 @@ def _trace_decoder(source: Source, dtype: torch.dtype, memory: Sequence[TensorSp
 
 def source_cache_shape(source: Source, cross: Sequence[Tensor]) -> tuple[int, int, int]:
     """(layers, heads, head size) of the self-attention cache, read off one real pass rather than off names in a configuration."""
-    inputs = {} if source.facts.kind == "decoder" else {i.name: example(i, next(source.module.parameters()).dtype) for i in source.facts.inputs}
+    inputs = (
+        {}
+        if source.facts.kind == "decoder"
+        else {i.name: example(i, next(source.module.parameters()).dtype) for i in source.facts.inputs}
+    )
     kv = source.forward(inputs, torch.full((EXAMPLE["B"], 2), 2, dtype=torch.int64)).self_kv
     if not kv:
-        raise SourceError("the decoder wrote no self-attention K/V: it is not a Transformer decoder, or its attention bypasses the cache")
+        raise SourceError(
+            "the decoder wrote no self-attention K/V: it is not a Transformer decoder, or its attention bypasses the cache"
+        )
     shapes = {tuple(x.shape[1::2]) for pair in kv for x in pair}
     if len(shapes) > 1:
         raise SourceError(f"layers with different heads or head sizes are not supported yet: {sorted(shapes)}")
@@ -139,7 +193,8 @@ def _encoder_axes(source: Source, name: str, value: Tensor) -> tuple[str | int, 
     length = "T" if any("T" in item.axes for item in source.facts.inputs) else None
     where = {"memory": 1, "logits": 1 if value.dim() == 3 else None}.get(name, 2 if name.startswith("cross_") else None)
     return tuple(
-        "B" if i == 0 else length if i == where and length is not None else int(size) for i, size in enumerate(value.shape)
+        "B" if i == 0 else length if i == where and length is not None else int(size)
+        for i, size in enumerate(value.shape)
     )
 
 
@@ -157,7 +212,7 @@ def _dynamic(specs: Sequence[TensorSpec]) -> tuple[dict[int, object], ...]:
 def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object, ...], spec: GraphSpec) -> ir.Model:
     program = torch.onnx.export(
         module.eval(),
-        arguments,  # type: ignore[arg-type]
+        arguments,
         dynamo=True,
         opset_version=OPSET,
         dynamic_shapes=dims,

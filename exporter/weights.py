@@ -37,7 +37,13 @@ def write(graphs: Mapping[str, ir.Model], directory: Path) -> int:
                     file.write(data)
                 offset, length = places[key]
                 value.const_value = ir.ExternalTensor(
-                    FILE, offset, length, tensor.dtype, shape=tensor.shape, name=str(value.name), base_dir=directory
+                    FILE,
+                    offset,
+                    length,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=str(value.name),
+                    base_dir=directory,
                 )
     for name, graph in graphs.items():
         (directory / f"{name}.onnx").write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))

@@ -1,7 +1,8 @@
-"""Beam search and beam sampling: the ids and scores that transformers' vectorised search gives (transformers 5, _beam_search).
+"""Beam search and beam sampling: the ids and scores of transformers 5's vectorised search (``_beam_search``).
 
-Owns which continuations live on, which finished sequences are kept, and when to stop. Equal scores: the lower beam first, then the
-better token, then the lower id (topk.py); PyTorch leaves that order open. It knows neither constraints nor buffers.
+Owns which continuations live on, which finished sequences are kept, and when to stop. Equal scores: the lower beam
+first, then the better token, then the lower id (topk.py); PyTorch leaves that order open. It knows neither constraints
+nor buffers.
 Axes: B sources, K beams, C = (1 + ends of sequence) * K candidates, at least 2 * K, so that K of them can always go on.
 """
 
@@ -17,13 +18,13 @@ from txopt.runtime.processors import Processors
 from txopt.runtime.sampling import draw_several, log_softmax
 from txopt.runtime.topk import top
 
-# transformers' "as good as impossible". In float32 its neighbours are 64 apart, so sums with it are ties: keep the value.
+# transformers' "as good as impossible". In float32 its neighbours are 64 apart, so sums with it are ties: keep it.
 IMPOSSIBLE = np.float32(-1e9)
 
 
 @dataclass
 class _Hypotheses:
-    """B x K sequences: ids int64 [B,K,M], the rows that their tokens continued int32 [B,K,M-P], scores float32 [B,K]."""
+    """B x K sequences: ids int64 [B,K,M], the rows that their tokens continued int32 [B,K,M-P], scores [B,K]."""
 
     ids: Ids
     parents: NDArray[np.int32]
@@ -32,7 +33,7 @@ class _Hypotheses:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Continuations by falling score (beam sampling: as drawn), [B,C] each: the beam, the token, the summed log probability."""
+    """Continuations, [B,C] each, by falling score (when sampling: as drawn): beam, token, summed log probability."""
 
     beams: Ids
     tokens: Ids
@@ -106,7 +107,8 @@ def beam_search(
 
 def _start(prompt: Ids, options: GenerationOptions, max_length: int) -> _Hypotheses:
     (rows, length), beams = prompt.shape, options.num_beams
-    # transformers fills with the end of sequence where pad_token_id is 0, which it takes for unset; here ids are to equal its own.
+    # transformers fills with the end of sequence where pad_token_id is 0, which it takes for unset; here ids are to
+    # equal its own.
     fill = (options.pad_token_id or options.eos_ids[0]) if options.eos_ids else -1
     ids = np.full((rows // beams, beams, max_length), fill, np.int64)
     ids[:, :, :length] = prompt.reshape(rows // beams, beams, length)
@@ -148,10 +150,11 @@ class _Chooser:
         each = scores.shape[1]
         summed = (scores.reshape(sources, beams, each) + running.scores[:, :, None]).reshape(sources, beams * each)
         best, order = top(summed, self._count)
-        return _Candidates(order // each, np.take_along_axis(tokens.reshape(sources, beams * each), order, axis=1), best)
+        chosen = np.take_along_axis(tokens.reshape(sources, beams * each), order, axis=1)
+        return _Candidates(order // each, chosen, best)
 
     def _best_of_each(self, logits: Floats, length: int) -> tuple[Floats, Ids]:
-        """Log probabilities and tokens [R,C] of each row's best; only the best are normalised, in one pass over the vocabulary."""
+        """Log probabilities and tokens [R,C] of each row's best, the only ones that are normalised."""
         largest = logits.max(axis=1, keepdims=True)
         _check(largest, length)
         values, tokens = top(logits, min(self._count, logits.shape[1]))

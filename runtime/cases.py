@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.runtime.errors import ArtifactError
+from txopt.runtime.errors import ArtifactError, SourceError
 
 FILE = "parity.safetensors"
 COLUMNS = 256  # vocabulary columns kept of each step's logits, beside their log-sum-exp, which sees all of them
 POSITIONS = 8  # source positions kept of encoder states
-INPUT_STEP = 1 / 16  # float inputs are multiples of this, so that they travel as int8
+INPUT_STEP = 1 / 16  # float inputs are multiples of this, so that they travel as int8,
+INPUT_HOLD = 4  # and keep their value for so many places of the last axis
 
 Array = NDArray[Any]
 
@@ -88,6 +89,19 @@ def log_sum_exp(logits: Array) -> NDArray[np.float32]:
     return np.asarray(np.log(np.exp(wide - top).sum(-1)) + top[..., 0], np.float32)
 
 
+def draw_floats(shape: Sequence[int], generator: np.random.Generator) -> NDArray[np.float32]:
+    """Float inputs float32 of ``shape`` that survive being packed; the last size is a multiple of INPUT_HOLD.
+
+    Errors:
+        SourceError: it is not.
+    """
+    *outer, width = shape
+    if width % INPUT_HOLD:
+        raise SourceError(f"float inputs must be a multiple of {INPUT_HOLD} wide, this model takes {width}")
+    held = generator.integers(-24, 25, (*outer, width // INPUT_HOLD)).astype(np.int8)
+    return _unpacked(held)
+
+
 def save(cases: Sequence[Case], directory: Path) -> None:
     """Writes ``parity.safetensors``; the same cases give the same bytes."""
     from safetensors.numpy import save_file
@@ -116,7 +130,7 @@ def load(directory: Path) -> list[Case]:
     try:
         with safe_open(directory / FILE, framework="np") as file:
             index = json.loads((file.metadata() or {})["cases"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, OSError, KeyError, ValueError) as err:
         raise ArtifactError(f"{directory / FILE} holds no reference cases: {err}") from err
     return [_case(entry, tensors) for entry in index]
@@ -143,8 +157,12 @@ def _case(entry: Mapping[str, Any], tensors: Mapping[str, Array]) -> Case:
 
 
 def _packed(name: str, group: str, value: Array) -> Array:
-    return np.round(value / INPUT_STEP).astype(np.int8) if group == "inputs" and value.dtype.kind == "f" else value
+    if group != "inputs" or value.dtype.kind != "f":
+        return value
+    return np.round(value[..., ::INPUT_HOLD] / INPUT_STEP).astype(np.int8)
 
 
 def _unpacked(value: Array) -> Array:
-    return value.astype(np.float32) * np.float32(INPUT_STEP) if value.dtype == np.int8 else value
+    if value.dtype != np.int8:
+        return value
+    return np.repeat(value.astype(np.float32) * np.float32(INPUT_STEP), INPUT_HOLD, axis=-1)

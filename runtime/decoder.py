@@ -22,7 +22,11 @@ class Decoder(Protocol):
     max_length: int | None
 
     def prefill(self, ids: Ids, mask: Ids | None) -> Floats:
-        """Feeds prompts int64 [R,P], padded on the left where ``mask`` int64 [R,P] is 0; logits float32 [R,V] after each row's last token."""
+        """Feeds prompts int64 [R,P], padded on the left where ``mask`` int64 [R,P] is 0 (None: no padding).
+
+        Returns:
+            Logits float32 [R,V] after each row's last token.
+        """
         ...
 
     def step(self, ids: Ids) -> Floats:
@@ -40,9 +44,10 @@ class GenerationResult:
 
     Attributes:
         sequences: int64 [N,L], the decoder's prompt included, padded after the end of sequence.
-        scores: float32 [N] of beam search: sum of log probabilities over (generated length ** length_penalty); None without beams.
-        beam_indices: int32 [N,L-P], the row (source times num_beams plus beam) that each generated token continued; -1 after the
-            end; None without beams.
+        scores: float32 [N] of beam search: sum of log probabilities over (generated length ** length_penalty); None
+            without beams.
+        beam_indices: int32 [N,L-P], the row (source times num_beams plus beam) that each generated token continued; -1
+            after the end; None without beams.
     """
 
     sequences: Ids

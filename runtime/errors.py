@@ -1,12 +1,12 @@
 """The one exception tree of txopt. Every error a user can cause says what was expected, what was found, what to do.
 
-    TxoptError                    exit code 1: a defect of txopt
-    ├── UsageError                exit code 2: wrong option, argument or input
-    │   ├── InputError            tensors, text, audio or images that do not fit the model
-    │   ├── SourceError           a checkpoint or module that txopt cannot read or does not support
-    │   └── ArtifactError         an artifact that is damaged, unsafe, too new, or not one at all
-    ├── ParityError               exit code 3: the artifact does not say what PyTorch said
-    └── MissingDependencyError    exit code 4: an optional engine or package is not installed
+TxoptError                    exit code 1: a defect of txopt
+├── UsageError                exit code 2: wrong option, argument or input
+│   ├── InputError            tensors, text, audio or images that do not fit the model
+│   ├── SourceError           a checkpoint or module that txopt cannot read or does not support
+│   └── ArtifactError         an artifact that is damaged, unsafe, too new, or not one at all
+├── ParityError               exit code 3: the artifact does not say what PyTorch said
+└── MissingDependencyError    exit code 4: an optional engine or package is not installed
 """
 
 from collections.abc import Iterable

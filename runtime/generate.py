@@ -1,7 +1,7 @@
 """generate(): prompt and options in, ids out, equal to transformers' generate() for the same options.
 
-Owns lengths, the repetition of the prompt, and the loop of greedy search and sampling; beam search is in beam.py. It knows a model
-only as a ``Decoder``: neither families, nor encoders, nor buffers.
+Owns lengths, the repetition of the prompt, and the loop of greedy search and sampling; beam search is in beam.py. It
+knows a model only as a ``Decoder``: neither families, nor encoders, nor buffers.
 """
 
 import logging
@@ -44,13 +44,15 @@ def generate(
         prompt: int64 [B,P], what the decoder starts from; repeated K times here.
         options: see ``GenerationOptions``.
         prompt_mask: [B,P], 0 where a row is padded on the left; None without padding.
-        encoder_ids: int64 [B,T], the encoder's tokens, for the encoder_* options (as in transformers, a decoder alone gives its prompt).
+        encoder_ids: int64 [B,T], the encoder's tokens, for the encoder_* options (as in transformers, a decoder alone
+            gives its prompt).
         processors: further constraints, after those of ``options`` and before temperature and its like.
         stream: called with the next token of every row, int64 [B*num_return_sequences], as soon as it is chosen.
 
     Raises:
         InputError: an ill-shaped prompt or mask, or a prompt as long as the model allows.
-        UsageError: lengths beyond what the model can or not beyond the prompt, token ids beyond the vocabulary, streaming of beams.
+        UsageError: lengths beyond what the model can or not beyond the prompt, token ids beyond the vocabulary,
+            streaming of beams.
         TxoptError: the decoder gives NaN.
     """
     run = _prepare(open_decoder, prompt, options, prompt_mask, encoder_ids, processors, streams=stream is not None)
@@ -74,7 +76,10 @@ def tokens(
     encoder_ids: Ids | None = None,
     processors: Sequence[Processor] = (),
 ) -> Iterator[Ids]:
-    """Like ``generate`` with one beam: yields the next token of every row, int64 [B*num_return_sequences]; errors come at once."""
+    """Like ``generate``, of one beam: yields the next token of every row, int64 [B*num_return_sequences].
+
+    Whatever ``_prepare`` can refuse is refused by the call, not by the first ``next``.
+    """
     run = _prepare(open_decoder, prompt, options, prompt_mask, encoder_ids, processors, streams=True)
     sequences = np.empty((len(run.prompt), run.max_length), np.int64)
     return (chosen.copy() for chosen in _sequential(run, sequences))
@@ -95,8 +100,8 @@ class _Run:
 def _sequential(run: _Run, sequences: Ids) -> Iterator[Ids]:
     """Greedy search or sampling: fills ``sequences`` int64 [R,M] and yields each step's tokens [R].
 
-    The loop runs once per token, so it does nothing that the options did not ask for: without active processors that is one argmax
-    over the decoder's own buffer, one comparison and one store.
+    The loop runs once per token, so it does nothing that the options did not ask for: without active processors that is
+    one argmax over the decoder's own buffer, one comparison and one store.
     """
     decoder, processors, max_length, (rows, length) = run.decoder, run.processors, run.max_length, run.prompt.shape
     sequences[:, :length] = run.prompt
@@ -146,7 +151,9 @@ def _prepare(
     streams: bool,
 ) -> _Run:
     if streams and options.num_beams > 1:
-        raise UsageError(f"num_beams={options.num_beams} cannot be streamed: its tokens are known only at the end; use num_beams=1")
+        raise UsageError(
+            f"num_beams={options.num_beams} cannot be streamed: its tokens are known only at the end; use num_beams=1"
+        )
     prompt, mask, padding = _checked_prompt(prompt, prompt_mask)
     if encoder_ids is not None and (np.ndim(encoder_ids) != 2 or len(encoder_ids) != len(prompt)):
         raise InputError(f"encoder_ids: expected int64 [{len(prompt)},T], got shape {list(np.shape(encoder_ids))}")
@@ -173,7 +180,9 @@ def _checked_prompt(prompt: Ids, prompt_mask: Ids | None) -> tuple[Ids, Ids | No
     """The prompt, its mask and how many positions of each row are padding; the latter two None where none is."""
     prompt = np.asarray(prompt)
     if prompt.ndim != 2 or not prompt.size or prompt.dtype.kind not in "iu":
-        raise InputError(f"prompt: expected int64 [B,P] with at least one token a row, got {prompt.dtype} {list(prompt.shape)}")
+        raise InputError(
+            f"prompt: expected int64 [B,P] with at least one token a row, got {prompt.dtype} {list(prompt.shape)}"
+        )
     prompt = prompt.astype(np.int64, copy=False)
     if prompt_mask is None:
         return prompt, None, None
@@ -182,7 +191,9 @@ def _checked_prompt(prompt: Ids, prompt_mask: Ids | None) -> tuple[Ids, Ids | No
         raise InputError(f"prompt mask: expected the prompt's shape {list(prompt.shape)}, got {list(mask.shape)}")
     mask = (mask != 0).astype(np.int64)
     if (np.diff(mask, axis=1) < 0).any() or not mask[:, -1].all():
-        raise InputError("prompt mask: expected padding (0) on the left only and a last token in every row; pad on the left")
+        raise InputError(
+            "prompt mask: expected padding (0) on the left only and a last token in every row; pad on the left"
+        )
     if mask.all():
         return prompt, None, None
     return prompt, mask, mask.argmax(axis=1)
@@ -191,7 +202,10 @@ def _checked_prompt(prompt: Ids, prompt_mask: Ids | None) -> tuple[Ids, Ids | No
 def _longest(options: GenerationOptions, prompt_length: int, limit: int | None) -> int:
     """The most tokens a row may have, prompt included."""
     if limit is not None and prompt_length >= limit:
-        raise InputError(f"the prompt has {prompt_length} tokens and this model at most {limit} positions: expected at most {limit - 1}")
+        raise InputError(
+            f"the prompt has {prompt_length} tokens and this model at most {limit} positions: "
+            f"expected at most {limit - 1} tokens"
+        )
     if options.max_new_tokens is not None:
         asked, option = prompt_length + options.max_new_tokens, f"max_new_tokens={options.max_new_tokens}"
     elif options.max_length is not None:
@@ -201,12 +215,14 @@ def _longest(options: GenerationOptions, prompt_length: int, limit: int | None) 
     if limit is not None and asked > limit:
         if option and not options.clip_length:
             raise UsageError(
-                f"{option} makes rows of up to {asked} tokens with this prompt of {prompt_length}, and this model has {limit} positions: "
-                f"ask for max_new_tokens={limit - prompt_length} at most"
+                f"{option} makes rows of up to {asked} tokens with this prompt of {prompt_length}, "
+                f"and this model has {limit} positions: ask for max_new_tokens={limit - prompt_length} at most"
             )
         asked = limit
     if asked <= prompt_length:
-        raise UsageError(f"{option} leaves no room after a prompt of {prompt_length} tokens: ask for max_new_tokens instead")
+        raise UsageError(
+            f"{option} leaves no room after a prompt of {prompt_length} tokens: ask for max_new_tokens instead"
+        )
     least = options.min_length if options.min_new_tokens is None else prompt_length + options.min_new_tokens
     if least > asked:
         logger.warning("a least length of %d tokens cannot be reached: rows stop at %d", least, asked)

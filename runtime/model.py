@@ -89,13 +89,21 @@ class Model:
         return Pipeline(self, kind)
 
     def _output(self, name: str, inputs: Mapping[str, Array]) -> Array:
-        if self.manifest.kind != "encoder" or name not in {item.name for item in self.manifest.graphs["encoder"].outputs}:
-            raise UsageError(f"this artifact ({self.manifest.kind}, {self.manifest.task}) has no {name}; expected an encoder that gives it")
+        if self.manifest.kind != "encoder" or name not in {
+            item.name for item in self.manifest.graphs["encoder"].outputs
+        }:
+            raise UsageError(
+                f"this artifact ({self.manifest.kind}, {self.manifest.task}) has no {name}; expected an encoder that gives it"
+            )
         return self.session.array(self.session.encode(inputs).values[name])
 
     def _prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The loop's arguments, the encoder run already."""
-        names = {item.name for item in self.manifest.graphs["encoder"].inputs} if "encoder" in self.manifest.graphs else set()
+        names = (
+            {item.name for item in self.manifest.graphs["encoder"].inputs}
+            if "encoder" in self.manifest.graphs
+            else set()
+        )
         names |= {"input_ids", "attention_mask", "decoder_input_ids"}
         tensors = {name: np.asarray(value) for name, value in arguments.items() if name in names and value is not None}
         overrides = {name: value for name, value in arguments.items() if name not in names}
@@ -103,7 +111,10 @@ class Model:
         if self.manifest.kind == "decoder":
             prompt = tensors.get("input_ids")
             if prompt is None or prompt.ndim != 2:
-                raise InputError("input_ids: expected the prompt, int64 [B,P], got " + ("nothing" if prompt is None else str(prompt.shape)))
+                raise InputError(
+                    "input_ids: expected the prompt, int64 [B,P], got "
+                    + ("nothing" if prompt is None else str(prompt.shape))
+                )
             batch = len(prompt)
             return {
                 "open_decoder": lambda beams: self.session.decoder(None, beams=beams, batch=batch),

@@ -1,7 +1,7 @@
 """How to generate: transformers' GenerationConfig names, defaults and meanings (transformers 5), checked once.
 
-Owns names, defaults, ranges and contradictions. It knows neither a model nor a prompt: lengths are resolved in generate.py, and what
-an option does to scores is in processors.py and sampling.py.
+Owns names, defaults, ranges and contradictions. It knows neither a model nor a prompt: lengths are resolved in
+generate.py, and what an option does to scores is in processors.py and sampling.py.
 """
 
 import difflib
@@ -19,11 +19,13 @@ LENGTHS = ("max_length", "max_new_tokens")
 class GenerationOptions:
     """One generate() call's options; lists become tuples, and a single end-of-sequence id becomes a tuple of one.
 
-    Fields are transformers' except ``seed`` (of numpy's Generator, for sampling; None: not reproducible) and ``clip_length`` (a
-    length beyond the model's positions is shortened rather than refused: nobody asked for it by hand).
+    Fields are transformers' except ``seed`` (of numpy's Generator, for sampling; None: not reproducible) and
+    ``clip_length`` (a length beyond the model's positions is shortened rather than refused: nobody asked for it by
+    hand).
 
-    As in transformers: ``max_new_tokens`` beats ``max_length`` and ``min_new_tokens`` beats ``min_length``; without either length 20
-    new tokens are made; temperature, top_k, ... matter only with ``do_sample=True``; ``top_k`` is 50 unless set (0: off).
+    As in transformers: ``max_new_tokens`` beats ``max_length`` and ``min_new_tokens`` beats ``min_length``; without
+        either length 20 new tokens are made; temperature, top_k, ... matter only with ``do_sample=True``; ``top_k`` is
+        50 unless set (0: off).
 
     Errors:
         UsageError: values out of range and options that contradict each other, all of them listed.
@@ -78,14 +80,16 @@ class GenerationOptions:
 
     @classmethod
     def merge(cls, defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> "GenerationOptions":
-        """A model's ``defaults`` (a GenerationConfig's dict) with a call's ``overrides`` on top; None means unset in both.
+        """A model's ``defaults`` (a GenerationConfig's dict), a call's ``overrides`` on top; None is unset in both.
 
-        Names in ``defaults`` that belong to nobody here are left alone: checkpoints keep facts for their front end there
-        (``lang_to_id``, ...). In ``overrides`` they are errors. Options of transformers that would change the ids and that txopt
-        lacks are errors in both, unless set to what does nothing; those that cannot change ids (``use_cache``) do nothing.
+        Names in ``defaults`` that belong to nobody here are left alone: checkpoints keep facts for their front end
+        there (``lang_to_id``, ...). In ``overrides`` they are errors. Options of transformers that would change the ids
+        and that txopt lacks are errors in both, unless set to what does nothing; those that cannot change ids
+        (``use_cache``) do nothing.
 
         Errors:
-            UsageError: unknown names with close matches, unsupported options, and everything that the constructor refuses.
+            UsageError: unknown names with close matches, unsupported options, and everything that the constructor
+                refuses.
         """
         names = [field.name for field in fields(cls)]
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -140,12 +144,34 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
 }
 
-# Options of transformers that cannot change ids: taken and dropped, so that a GenerationConfig's dict can be given as it is.
+# Options of transformers that cannot change ids: taken and dropped, so that a whole GenerationConfig can be given.
 NO_EFFECT = frozenset(
-    """assistant_confidence_threshold assistant_ensemble_weight assistant_lookbehind cache_config cache_implementation compile_config
-    continuous_batching_config disable_compile is_assistant low_memory max_cache_len max_matching_ngram_size num_assistant_tokens
-    num_assistant_tokens_schedule output_attentions output_hidden_states output_logits output_scores prefill_chunk_size
-    return_dict_in_generate target_lookbehind transformers_version use_cache _from_model_config""".split()
+    [
+        "assistant_confidence_threshold",
+        "assistant_ensemble_weight",
+        "assistant_lookbehind",
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "continuous_batching_config",
+        "disable_compile",
+        "is_assistant",
+        "low_memory",
+        "max_cache_len",
+        "max_matching_ngram_size",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "prefill_chunk_size",
+        "return_dict_in_generate",
+        "target_lookbehind",
+        "transformers_version",
+        "use_cache",
+        "_from_model_config",
+    ]
 )
 
 
@@ -260,7 +286,7 @@ _CONVERTERS: dict[str, Converter] = {
     "forced_eos_token_id": _id_or_ids(0),
     "suppress_tokens": _ids,
     "begin_suppress_tokens": _ids,
-    "bad_words_ids": _several(_several(_token, "", least=1), "a list of lists of token ids, none of them empty", least=1),
+    "bad_words_ids": _several(_several(_token, "", least=1), "a list of lists of token ids, none empty", least=1),
     "repetition_penalty": _positive,
     "encoder_repetition_penalty": _positive,
     "no_repeat_ngram_size": _natural,
@@ -287,7 +313,8 @@ def _checked(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for name, value in values.items():
         try:
             # None is the default of those that may be unset, and never a value of the others.
-            converted[name] = value if value is None and getattr(GenerationOptions, name) is None else _CONVERTERS[name](value)
+            unset = value is None and getattr(GenerationOptions, name) is None
+            converted[name] = None if unset else _CONVERTERS[name](value)
         except ValueError as err:
             problems.append(f"{name}: expected {err}, got {value!r}")
     return converted, problems or _contradictions(converted)
@@ -297,7 +324,10 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     problems = []
     beams, returned = values["num_beams"], values["num_return_sequences"]
     if beams == 1 and returned > 1 and not values["do_sample"]:
-        problems.append(f"num_return_sequences={returned} needs do_sample=True or num_beams of at least {returned}: greedy search gives one")
+        problems.append(
+            f"num_return_sequences={returned} needs do_sample=True or num_beams of at least {returned}: "
+            "greedy search gives one"
+        )
     if 1 < beams < returned:
         problems.append(f"num_return_sequences={returned} is more than num_beams={beams}")
     if values["do_sample"] and values["temperature"] == 0:
@@ -306,7 +336,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = set(_as_tuple(values[name]))
         if forced and forced <= suppressed:
-            problems.append(f"{name}={sorted(forced)} is also in suppress_tokens: no token would be left where it is forced")
+            problems.append(f"{name}={sorted(forced)} is also in suppress_tokens: no token would be left")
     if values["exponential_decay_length_penalty"] is not None and values["eos_token_id"] is None:
         problems.append("exponential_decay_length_penalty needs eos_token_id")
     return problems

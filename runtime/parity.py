@@ -74,7 +74,9 @@ class ParityReport:
         if broken:
             first = min(broken, key=_order)
             problems.append(f"first deviation: {first}")
-            problems += [str(deviation) for deviation in broken if deviation is not first and deviation.tensor == "logits"]
+            problems += [
+                str(deviation) for deviation in broken if deviation is not first and deviation.tensor == "logits"
+            ]
         problems += self.failures
         raise ParityError(explain("the artifact does not say what PyTorch said:", problems[:12]))
 
@@ -96,7 +98,11 @@ class ParityReport:
         }
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.certificate(), "failures": list(self.failures), "deviations": [asdict(d) for d in self.deviations if not d.holds]}
+        return {
+            **self.certificate(),
+            "failures": list(self.failures),
+            "deviations": [asdict(d) for d in self.deviations if not d.holds],
+        }
 
 
 def verify(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None) -> ParityReport:
@@ -111,7 +117,12 @@ def verify(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | 
 
 
 def replay(
-    artifact: Artifact, cases: Sequence[Case], *, device: str = "cpu", threads: int | None = None, skipped: Sequence[str] = ()
+    artifact: Artifact,
+    cases: Sequence[Case],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    skipped: Sequence[str] = (),
 ) -> ParityReport:
     """Runs every case through the artifact; deviations are reported, not raised."""
     precision = artifact.manifest.precision
@@ -207,21 +218,26 @@ def _searched(
     """Generated ids against PyTorch's, row by row; a difference counts as proven only at a near-tie."""
     expected = case.generated[search]
     start = {} if model.manifest.kind == "decoder" else {"decoder_input_ids": expected[:, :1]}
-    got = model.generate(**case.inputs, **start, **case.options[search]).sequences
+    got = model.generate(**case.inputs, **start, **case.options[search])
+    allowed = 2 * tolerance * max(1.0, float(np.abs(case.expected["logits"]).max()))
     agree = 0
-    for row, (want, have) in enumerate(zip(expected, got, strict=True)):
+    for row, (want, have) in enumerate(zip(expected, got.sequences, strict=True)):
         differs = _first_difference(want, have)
         if differs is None:
             agree += 1
             continue
         where = f'case "{case.name}", {search}, row {row}, token {differs}'
-        margin = _margin(case, search, row, differs)
-        allowed = 2 * tolerance * max(1.0, float(np.abs(case.expected["logits"]).max()))
-        if margin is not None and margin <= allowed:
-            ties.append(f"{where}: PyTorch's best two logits are {margin:.2e} apart, within {allowed:.2e}")
+        if search == "greedy":
+            distance, what = _margin(case, row, differs), "PyTorch's best two logits are"
         else:
-            tie = "no margin is recorded" if margin is None else f"its margin is {margin:.2e}"
-            failures.append(f"{where}: expected id {_at(want, differs)}, got {_at(have, differs)}, and {tie}: no near-tie")
+            distance, what = _score_distance(case, got.scores, row), "the scores of PyTorch's beam and ours are"
+        if distance is not None and distance <= allowed:
+            ties.append(f"{where}: {what} {distance:.2e} apart, within {allowed:.2e}")
+        else:
+            found = "unknown" if distance is None else f"{distance:.2e}"
+            failures.append(
+                f"{where}: expected id {_at(want, differs)}, got {_at(have, differs)}, and this is no near-tie: {what} {found} apart"
+            )
     ids[f"{case.name}/{search}"] = f"{agree} of {len(expected)} rows equal"
 
 
@@ -233,10 +249,14 @@ def _first_difference(want: Array, have: Array) -> int | None:
     return None if len(want) == len(have) else width
 
 
-def _margin(case: Case, search: str, row: int, token: int) -> float | None:
-    if search != "greedy" or case.margins is None or not 0 < token <= case.margins.shape[1]:
+def _margin(case: Case, row: int, token: int) -> float | None:
+    if case.margins is None or not 0 < token <= case.margins.shape[1]:
         return None
     return float(case.margins[row, token - 1])
+
+
+def _score_distance(case: Case, scores: Array | None, row: int) -> float | None:
+    return None if case.scores is None or scores is None else float(abs(case.scores[row] - scores[row]))
 
 
 def _at(ids: Array, place: int) -> str:

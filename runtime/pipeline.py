@@ -100,4 +100,10 @@ class Pipeline:
 
     def _skipped(self, feeds: Feeds) -> int:
         """Tokens of a result that are not to be read: a decoder's own prompt is its text, a start prompt is none."""
-        return 0 if self._model.manifest.kind == "decoder" else feeds["decoder_input_ids"].shape[1] if "decoder_input_ids" in feeds else 1
+        return (
+            0
+            if self._model.manifest.kind == "decoder"
+            else feeds["decoder_input_ids"].shape[1]
+            if "decoder_input_ids" in feeds
+            else 1
+        )

@@ -1,9 +1,9 @@
-"""Constraints on the next token: forced, suppressed and repeated ids, lengths, in the order in which transformers applies them.
+"""Constraints on the next token, in transformers' order: forced, suppressed and repeated ids, least lengths.
 
-Owns what each option does to scores, and ``PROCESSORS``, the order. Each works in place on scores float32 [R,V] that the loop owns,
-given the tokens so far, int64 [R,L]; ``active`` says beforehand whether there is anything to do at length L, so that a loop need not
-copy the decoder's logits for nothing. It knows neither how a token is chosen nor decoders. What shapes a distribution before
-sampling is in sampling.py.
+Owns what each option does to scores, and ``PROCESSORS``, the order. Each works in place on scores float32 [R,V] that
+the loop owns, given the tokens so far, int64 [R,L]; ``active`` says beforehand whether there is anything to do at
+length L, so that a loop need not copy the decoder's logits for nothing. It knows neither how a token is chosen nor
+decoders. What shapes a distribution before sampling is in sampling.py.
 """
 
 import logging
@@ -113,7 +113,10 @@ class EncoderNoRepeatNgram:
 
 
 class BadWords(_Always):
-    """Bans the last token of each sequence where the ones before it have just been said. A single end of sequence is never banned."""
+    """Bans the last token of each sequence where the ones before it have just been said.
+
+    A word that is only an end of sequence is not banned.
+    """
 
     def __init__(self, words: Sequence[Sequence[int]], eos: Sequence[int]) -> None:
         words = [tuple(word) for word in words if len(word) > 1 or word[0] not in eos]
@@ -126,7 +129,9 @@ class BadWords(_Always):
 
     def __call__(self, ids: Ids, scores: Floats) -> None:
         if self._largest >= scores.shape[1]:
-            raise UsageError(f"bad_words_ids: expected ids below the vocabulary's {scores.shape[1]}, got {self._largest}")
+            raise UsageError(
+                f"bad_words_ids: expected ids below the vocabulary's {scores.shape[1]}, got {self._largest}"
+            )
         scores[:, self._single] = BANNED
         for beginnings, last in self._longer:
             said = beginnings.shape[1]
@@ -163,7 +168,9 @@ class Force:
 
     def __call__(self, ids: Ids, scores: Floats) -> None:
         if self.tokens.max() >= scores.shape[1]:
-            raise UsageError(f"{self.option}: expected an id below the vocabulary's {scores.shape[1]}, got {self.tokens.max()}")
+            raise UsageError(
+                f"{self.option}: expected an id below the vocabulary's {scores.shape[1]}, got {self.tokens.max()}"
+            )
         scores[:] = BANNED
         scores[:, self.tokens] = 0
 
@@ -193,7 +200,7 @@ class ExponentialDecay:
 
 
 class Processors:
-    """Constraints, then what shapes the distribution, as one processor; false where there is nothing to do at any length."""
+    """Constraints, then what shapes the distribution, as one processor; false where there is nothing to do."""
 
     def __init__(self, processors: Sequence[Processor], warpers: Sequence[Warper] = ()) -> None:
         self._processors, self._warpers = tuple(processors), tuple(warpers)
@@ -289,8 +296,8 @@ def _begin_suppress(options: GenerationOptions, request: Request) -> Processor |
     return Ban(_array(options.begin_suppress_tokens), first=begin, end=begin + 1)
 
 
-# transformers' order (generation/utils.py, _get_logits_processor): penalties see the model's own scores, forcing overrules every
-# ban before it, and what is suppressed stays so even where it is forced.
+# transformers' order (generation/utils.py, _get_logits_processor): penalties see the model's own scores, forcing
+# overrules every ban before it, and what is suppressed stays so even where it is forced.
 PROCESSORS: tuple[Callable[[GenerationOptions, Request], Processor | None], ...] = (
     _encoder_repetition_penalty,
     _repetition_penalty,

@@ -29,7 +29,12 @@ class Request:
 
 
 def run(
-    path: Path, request: Request, *, device: str = "cpu", threads: int | None = None, pieces: Callable[[str], None] | None = None
+    path: Path,
+    request: Request,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    pieces: Callable[[str], None] | None = None,
 ) -> Iterator[Result]:
     """A (JSON document, text) for each source.
 

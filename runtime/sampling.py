@@ -1,8 +1,8 @@
 """Drawing the next token: what shapes a distribution, and the draws themselves.
 
-Owns temperature, top-k, top-p, min-p, typical, epsilon and eta filters in transformers' order (``WARPERS``), and draws by numpy's
-Generator. Ids cannot equal PyTorch's, whose generator is another; the distributions can, and tests compare them. Filters work in
-place on scores float32 [R,V]. It knows nothing of sequences.
+Owns temperature, top-k, top-p, min-p, typical, epsilon and eta filters in transformers' order (``WARPERS``), and draws
+by numpy's Generator. Ids cannot equal PyTorch's, whose generator is another; the distributions can, and tests compare
+them. Filters work in place on scores float32 [R,V]. It knows nothing of sequences.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,8 @@ def warpers(options: GenerationOptions) -> list[Warper]:
     return [*found, _renormalize] if options.renormalize_logits else found
 
 
+# A row with nothing left, or NaN, is refused where a token is chosen; numpy's warnings would only come before.
+@np.errstate(divide="ignore", invalid="ignore")
 def log_softmax(scores: Floats) -> Floats:
     """Log probabilities float32 [R,V] of scores [R,V], in a new array."""
     shifted = scores - scores.max(axis=1, keepdims=True)
@@ -37,6 +39,7 @@ def log_softmax(scores: Floats) -> Floats:
     return shifted
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def softmax(scores: Floats) -> Floats:
     """Probabilities float32 [R,V] of scores [R,V], in a new array."""
     exponents = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -53,13 +56,16 @@ def draw(scores: Floats, generator: np.random.Generator) -> Ids:
     weights = np.cumsum(softmax(scores), axis=1, dtype=np.float64)
     total = weights[:, -1]
     if not np.isfinite(total).all():
-        raise TxoptError(f"row {int(np.argmin(np.isfinite(total)))} has no next token to draw from: every score is NaN or removed")
-    points = np.minimum(generator.random(len(scores)) * total, np.nextafter(total, 0))  # rounding must not reach past the last token
+        raise TxoptError(
+            f"row {int(np.argmin(np.isfinite(total)))} has no next token to draw from: every score is NaN or removed"
+        )
+    # Rounding must not reach past the last token.
+    points = np.minimum(generator.random(len(scores)) * total, np.nextafter(total, 0))
     return np.asarray((weights <= points[:, None]).sum(axis=1), np.int64)
 
 
 def draw_several(scores: Floats, count: int, generator: np.random.Generator) -> Ids:
-    """``count`` different tokens per row, int64 [R,count], drawn one after another with the probabilities softmax(scores).
+    """``count`` different tokens per row, int64 [R,count], drawn one after another, each by softmax(scores).
 
     Adding Gumbel noise and taking the largest is that draw (Vieira 2014; Kool et al., arXiv 1903.06059).
     """
@@ -118,7 +124,8 @@ def _renormalize(scores: Floats) -> None:
     scores[:] = log_softmax(scores)
 
 
-# transformers' order (generation/utils.py, _get_logits_processor). Each takes the options and how many tokens must stay.
+# transformers' order (generation/utils.py, _get_logits_processor). Each takes the options and how many tokens must
+# stay.
 WARPERS: tuple[Callable[[GenerationOptions, int], Warper | None], ...] = (
     lambda options, keep: partial(_temperature, options.temperature) if options.temperature != 1 else None,
     lambda options, keep: partial(_top_k, max(options.top_k, keep)) if options.top_k else None,

@@ -68,7 +68,9 @@ class Session:
         """A decoder of batch times ``beams`` rows; the batch is the encoded sources' where there are any."""
         spec, cache = self.manifest.graphs.get("decoder"), self.manifest.cache
         if spec is None or cache is None:
-            raise UsageError(f"this artifact ({self.manifest.kind}, {self.manifest.task}) has no decoder and cannot generate")
+            raise UsageError(
+                f"this artifact ({self.manifest.kind}, {self.manifest.task}) has no decoder and cannot generate"
+            )
         runner = self._runners["decoder"]
         fixed: dict[str, Any] = {}
         if encoded is not None:
@@ -96,9 +98,13 @@ class RowDecoder:
         self._step: Call | None = None
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Floats:
-        """Feeds prompts int64 [R,P]; ``mask`` marks left padding, which takes no place in the cache. Logits [R,V] after each row's last token."""
+        """Feeds prompts int64 [R,P]; logits [R,V] after each row's last token.
+
+        ``mask`` [R,P] marks left padding, which takes no place in the cache.
+        """
         if mask is None:
-            return self.feed(ids)[:, -1]
+            last: Floats = self.feed(ids)[:, -1]
+            return last
         lengths = mask.sum(1)
         width = ids.shape[1]
         # Rows start at position 0: what was padding on the left is now free space on the right, overwritten by later steps.
@@ -106,7 +112,8 @@ class RowDecoder:
         logits = self.feed(np.take_along_axis(ids, source, axis=1))
         self._position[:] = lengths
         self._longest = int(lengths.max())
-        return logits[np.arange(len(ids)), lengths - 1]
+        chosen: Floats = logits[np.arange(len(ids)), lengths - 1]
+        return chosen
 
     def step(self, ids: Ids) -> Floats:
         """One token per row, int64 [R]; logits [R,V], a buffer that the next call overwrites."""

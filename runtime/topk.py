@@ -1,7 +1,7 @@
 """The k largest of each row, in an order that does not depend on chance.
 
-Owns one rule: larger first, and of equals the one with the lower index. (torch.topk leaves the order of equals open, so ids may
-differ from PyTorch's where two continuations score exactly the same.) It knows nothing of tokens.
+Owns one rule: larger first, and of equals the one with the lower index. (torch.topk leaves the order of equals open, so
+ids may differ from PyTorch's where two continuations score exactly the same.) It knows nothing of tokens.
 """
 
 from typing import Any
@@ -13,9 +13,10 @@ BLOCK = 128  # wide enough that a block's maximum costs little per element, narr
 
 
 def top(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The ``k`` largest of every row of ``values`` float32 [R,N], k at most N: values [R,k] in falling order, and indices int64 [R,k].
+    """The ``k`` largest of every row of ``values`` float32 [R,N]: values [R,k], falling, and indices int64 [R,k].
 
-    Long rows are first cut to the k blocks with the largest maxima: whatever is not in them has k betters.
+    ``k`` is at most N, and no value is NaN. Long rows are first cut to the k blocks with the largest maxima: whatever
+    is not in them has k betters.
     """
     rows, width = values.shape
     blocks = width // BLOCK
@@ -40,7 +41,7 @@ def _take(values: NDArray[Any], columns: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def _largest(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Where the k largest of every row are, int64 [R,k], in rising order of index; of equals those with the lower index."""
+    """Where the k largest of every row are, int64 [R,k], rising; of equals those with the lower index."""
     rows, width = values.shape
     if k == width:
         return np.broadcast_to(np.arange(width), (rows, width))

@@ -3,10 +3,14 @@
 import os
 import random
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from txopt.runtime.artifact import Artifact
 
 # Read by torch and huggingface_hub when they are first imported, here and in the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,3 +28,11 @@ def _seed() -> None:
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def g2p(tmp_path_factory: pytest.TempPathFactory) -> "Artifact":
+    """The artifact of the bundled g2p model, exported once."""
+    from txopt.exporter.pipeline import export
+
+    return export("txopt.examples.g2p.model:factory", tmp_path_factory.mktemp("g2p") / "artifact")

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperFeatureExtractor
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 _CONFIG = {
@@ -55,7 +55,10 @@ def checkpoint(directory: Path) -> Path:
     model.tie_weights()
     settings = json.loads((folder / "config.json").read_text("utf-8"))
     generation = model.generation_config
-    generation.suppress_tokens, generation.begin_suppress_tokens = settings["suppress_ids"], settings["suppress_ids_begin"]
+    generation.suppress_tokens, generation.begin_suppress_tokens = (
+        settings["suppress_ids"],
+        settings["suppress_ids_begin"],
+    )
     generation.is_multilingual, generation.no_timestamps_token_id = False, 50362
     generation.max_length = 448
     model.save_pretrained(directory)
@@ -108,7 +111,9 @@ def _layer(to: str, own: dict[str, np.ndarray], layer: str, *, has_source: bool)
     yield from _norm(f"{to}.final_layer_norm", own, f"{layer}/ffn/layer_norm")
 
 
-def _attention(to: str, own: dict[str, np.ndarray], name: str, packed: tuple[str, ...]) -> Iterator[tuple[str, np.ndarray]]:
+def _attention(
+    to: str, own: dict[str, np.ndarray], name: str, packed: tuple[str, ...]
+) -> Iterator[tuple[str, np.ndarray]]:
     for index, parts in enumerate(packed):
         names = ["out_proj"] if parts == "out" else [f"{part}_proj" for part in parts]
         weights = np.split(own[f"{name}/linear_{index}/weight"], len(names))

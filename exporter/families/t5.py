@@ -16,19 +16,21 @@ class DistanceTable(nn.Module):
     Saves the twenty nodes of the bucket formula in every step, and gives each row its own position.
     """
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
         self.causal = bool(attention.is_decoder)
-        self.reach = int(attention.relative_attention_max_distance)  # type: ignore[call-overload]
-        distances = torch.arange(0 if self.causal else -self.reach, self.reach + 1)  # how far the key lies before the query
-        bucket: Callable[..., Tensor] = attention._relative_position_bucket  # type: ignore[assignment]
+        self.reach = int(attention.relative_attention_max_distance)
+        distances = torch.arange(
+            0 if self.causal else -self.reach, self.reach + 1
+        )  # how far the key lies before the query
+        bucket: Callable[..., Tensor] = attention._relative_position_bucket
         buckets = bucket(
             -distances,
             bidirectional=not self.causal,
             num_buckets=attention.relative_attention_num_buckets,
             max_distance=self.reach,
         )
-        self.table = nn.Parameter(attention.relative_attention_bias.weight[buckets].detach(), requires_grad=False)  # type: ignore[union-attr, index]
+        self.table = nn.Parameter(attention.relative_attention_bias.weight[buckets].detach(), requires_grad=False)
 
     def forward(self, query_length: Any, key_length: Any, device: Any = None, past_seen_tokens: Any = 0) -> Tensor:
         """[R or 1,H,Q,S] in the table's dtype."""

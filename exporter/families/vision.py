@@ -54,7 +54,11 @@ VISION_ENCODER_DECODER = Family(
     model_types=("vision-encoder-decoder",),
     task="image-to-text",
     inputs=(
-        Input(name="pixel_values", dtype="float", axes=("B", "encoder.num_channels", "encoder.image_size", "encoder.image_size")),
+        Input(
+            name="pixel_values",
+            dtype="float",
+            axes=("B", "encoder.num_channels", "encoder.image_size", "encoder.image_size"),
+        ),
     ),
     positions=Positions(path="decoder.model.decoder.embed_positions", offset=2),
     limit="decoder.max_position_embeddings",

@@ -58,19 +58,36 @@ def _match(power: ir.Node) -> tuple[ir.Value, ir.Value, float, ir.Node, list[ir.
         chain.append(narrowed)
         last = narrowed
     weighted = _only_user(last, "Mul")
-    weight = next((value for value in weighted.inputs if value is not None and value.const_value is not None), None) if weighted else None
+    weight = (
+        next((value for value in weighted.inputs if value is not None and value.const_value is not None), None)
+        if weighted
+        else None
+    )
     if weighted is None or weight is None or weight.shape is None or len(weight.shape) != 1:
         return "no weight vector is multiplied at the end"
     return x, weight, float(epsilon), weighted, [*chain, weighted]  # type: ignore[return-value]
 
 
-def _rewrite(graph: ir.Graph, x: ir.Value, weight: ir.Value, epsilon: float, last: ir.Node, chain: list[ir.Node]) -> None:
+def _rewrite(
+    graph: ir.Graph, x: ir.Value, weight: ir.Value, epsilon: float, last: ir.Node, chain: list[ir.Node]
+) -> None:
     attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
     scope = last.name.rpartition("/")[0] if last.name else ""
-    norm = ir.node("RMSNormalization", [x, weight], attributes=attributes, name=f"{scope}/RMSNormalization".lstrip("/"))
-    old, new = last.outputs[0], norm.outputs[0]
+    name = f"{scope}/RMSNormalization".lstrip("/")
+    if x.dtype == weight.dtype:
+        norm = ir.node("RMSNormalization", [x, weight], attributes=attributes, name=name)
+        nodes = [norm]
+    else:  # the standard allows it, its own function body and ONNX Runtime do not: widen the weight, narrow the result
+        wide = ir.node("Cast", [weight], attributes={"to": x.dtype}, name=f"{name}/weight")
+        norm = ir.node("RMSNormalization", [x, wide.outputs[0]], attributes=attributes, name=name)
+        nodes = [
+            wide,
+            norm,
+            ir.node("Cast", norm.outputs, attributes={"to": last.outputs[0].dtype}, name=f"{name}/result"),
+        ]
+    old, new = last.outputs[0], nodes[-1].outputs[0]
     new.name, new.shape, new.type = old.name, old.shape, old.type
-    graph.insert_after(last, norm)
+    graph.insert_after(last, nodes)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     for node in reversed(chain):
         if not any(output.uses() for output in node.outputs):  # a widening Cast may feed others
@@ -79,7 +96,9 @@ def _rewrite(graph: ir.Graph, x: ir.Value, weight: ir.Value, epsilon: float, las
 
 def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
     users = list(_users(node))
-    return users[0] if len(users) == 1 and users[0].op_type == op_type and not node.outputs[0].is_graph_output() else None
+    return (
+        users[0] if len(users) == 1 and users[0].op_type == op_type and not node.outputs[0].is_graph_output() else None
+    )
 
 
 def _users(node: ir.Node) -> Iterator[ir.Node]:
@@ -93,4 +112,6 @@ def _scalar(value: ir.Value | None) -> float | None:
 
 
 def _ints(value: ir.Value | None) -> list[int] | None:
-    return None if value is None or value.const_value is None else [int(x) for x in value.const_value.numpy().reshape(-1)]
+    return (
+        None if value is None or value.const_value is None else [int(x) for x in value.const_value.numpy().reshape(-1)]
+    )

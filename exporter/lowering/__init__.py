@@ -6,4 +6,4 @@ import onnx_ir as ir
 
 from txopt.exporter.lowering import ort
 
-LOWERINGS: dict[str, Callable[[ir.Model], None]] = {"cpu": ort.lower, "cuda": ort.lower}
+LOWERINGS: dict[str, Callable[[ir.Model], None]] = {"cpu": ort.lower_for_cpu, "cuda": ort.lower}

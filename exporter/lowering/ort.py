@@ -9,6 +9,36 @@ def lower(model: ir.Model) -> None:
     _widen_masks(model)
 
 
+def lower_for_cpu(model: ir.Model) -> None:
+    """``lower``, and float32 arithmetic on bfloat16 weights: the CPU provider has no bfloat16 kernels."""
+    lower(model)
+    _widen_bfloat16(model)
+
+
+def _widen_bfloat16(model: ir.Model) -> None:
+    """Weights stay bfloat16 in the file and are widened when they are loaded; everything computed from them is float32."""
+    graph = model.graph
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for value in [value for value in graph.initializers.values() if value.dtype == narrow]:
+        uses = list(value.uses())
+        cast = ir.node("Cast", [value], attributes={"to": wide}, name=f"{value.name}/widened")
+        cast.outputs[0].type = ir.TensorType(wide)
+        graph.insert_before(next(iter(graph)), cast)
+        for user, index in uses:
+            user.replace_input_with(index, cast.outputs[0])
+    for node in graph:
+        to = node.attributes.get("to")
+        if node.op_type == "Cast" and to is not None and to.as_int() == narrow:
+            node.attributes["to"] = ir.AttrInt64("to", wide)
+        constant = node.attributes.get("value")
+        if node.op_type == "Constant" and constant is not None and constant.as_tensor().dtype == narrow:
+            numbers = constant.as_tensor().numpy().astype(np.float32)
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(numbers))
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.dtype == narrow:
+            value.type = ir.TensorType(wide)
+
+
 def _widen_masks(model: ir.Model) -> None:
     """Attention's mask may have one query row for all by the standard; ONNX Runtime wants every row there.
 

@@ -31,7 +31,9 @@ _NUMPY = {
 class Call:
     """One set of bound buffers, run as often as wanted; inputs and outputs stay where they are."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Value], outputs: Mapping[str, Value]
+    ) -> None:
         self._run = session.run_with_iobinding
         self._binding = session.io_binding()
         for name, value in inputs.items():

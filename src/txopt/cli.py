@@ -35,7 +35,9 @@ def export(
     out: Annotated[Path, typer.Argument(help="the directory to make")],
     target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an artifact that is at OUT")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -50,7 +52,13 @@ def export(
         raise MissingDependencyError(f'export needs {err.name}: pip install "txopt[export]"') from err
     with console.stages(pipeline.STAGES) as progress:
         artifact = pipeline.export(
-            source, out, target=target, precision=precision, trust_remote_code=trust_remote_code, overwrite=overwrite, progress=progress
+            source,
+            out,
+            target=target,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            progress=progress,
         )
     from txopt.summary import of_artifact
 
@@ -112,7 +120,8 @@ def run(
 ) -> None:
     """Run an artifact on text, speech, an image, or arrays."""
     console = _console(quiet, verbose, as_json)
-    from txopt.runtime.running import Request, run as run_request
+    from txopt.runtime.running import Request
+    from txopt.runtime.running import run as run_request
 
     sampling = any(value is not None for value in (temperature, top_k, top_p, seed))
     options: dict[str, Any] = {
@@ -128,8 +137,12 @@ def run(
         "source_language": source_language,
         "target_language": target_language,
     }
-    request = Request(text=text, audio=audio, image=image, ids=ids, options={k: v for k, v in options.items() if v is not None})
-    for document, line in run_request(artifact, request, device=device, threads=threads, pieces=_print_piece if stream else None):
+    request = Request(
+        text=text, audio=audio, image=image, ids=ids, options={k: v for k, v in options.items() if v is not None}
+    )
+    for document, line in run_request(
+        artifact, request, device=device, threads=threads, pieces=_print_piece if stream else None
+    ):
         console.result(document, line)
 
 
@@ -162,7 +175,11 @@ def bench(
     from txopt.benchmarks.harness import Settings, measure
 
     settings = Settings(
-        batches=tuple(batch or (1, 8)), source_length=source_length, new_tokens=new_tokens, repeats=repeats, threads=threads
+        batches=tuple(batch or (1, 8)),
+        source_length=source_length,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        threads=threads,
     )
     console.result(*measure(artifact, settings, peer=against, source=source, note=console.note))
 

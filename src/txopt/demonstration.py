@@ -20,7 +20,9 @@ def demonstrate(words: Sequence[str], out: Path, console: Console) -> None:
 
         from txopt.exporter import pipeline
     except ModuleNotFoundError as err:
-        raise MissingDependencyError(f'the demo exports a model and needs {err.name}: pip install "txopt[export]"') from err
+        raise MissingDependencyError(
+            f'the demo exports a model and needs {err.name}: pip install "txopt[export]"'
+        ) from err
     from txopt.benchmarks.peers import TorchEager, Txopt
     from txopt.benchmarks.timing import in_turn, ratio
     from txopt.runtime.model import load
@@ -44,7 +46,7 @@ def demonstrate(words: Sequence[str], out: Path, console: Console) -> None:
     feeds, _ = pronounce.prepare([word.lower() for word in words])
     peers = {"txopt": Txopt(model), "torch": TorchEager(SOURCE, "fp32", None)}
     tokens = 16
-    calls = {name: lambda peer=peer: peer.generate(feeds, tokens) for name, peer in peers.items()}  # type: ignore[misc]
+    calls = {name: lambda peer=peer: peer.generate(feeds, tokens) for name, peer in peers.items()}
     times = in_turn(calls, repeats=5)
     faster = ratio(times["txopt"], times["torch"])["median"]
     print(

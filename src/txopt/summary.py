@@ -13,7 +13,8 @@ def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
     total = sum(sizes.values())
     lines = [
         f"{artifact.path}: {manifest.family} ({manifest.kind}, {manifest.task}), {manifest.precision} for {manifest.target}",
-        f"  {total / 1e6:.1f} MB in {len(sizes)} files: " + ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()),
+        f"  {total / 1e6:.1f} MB in {len(sizes)} files: "
+        + ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()),
     ]
     for name, fused in manifest.fusion.items():
         nodes = fused["nodes"]
@@ -55,7 +56,9 @@ def _parity_line(certificate: dict[str, Any]) -> str:
     worst = max(certificate["errors"].values(), default=0.0)
     verdict = "verified" if certificate["passed"] else "NOT verified"
     count = len({name.partition("/")[0] for name in certificate["errors"]})
-    return f"{verdict} against PyTorch: {count} cases, largest error {worst:.1e} (allowed {certificate['tolerance']:.0e})"
+    return (
+        f"{verdict} against PyTorch: {count} cases, largest error {worst:.1e} (allowed {certificate['tolerance']:.0e})"
+    )
 
 
 def _size(size: int) -> str:

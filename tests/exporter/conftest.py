@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.exporter.models import checkpoint
 
+from tests.exporter.models import checkpoint
 from txopt.exporter.pipeline import export
 from txopt.runtime.artifact import Artifact
 

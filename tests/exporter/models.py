@@ -65,7 +65,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "marian": lambda: t.MarianMTModel(
         t.MarianConfig(**_SIZES, **_LAYERS, **_POSITIONS, pad_token_id=99, eos_token_id=0, decoder_start_token_id=99)
     ),
-    "pegasus": lambda: t.PegasusForConditionalGeneration(t.PegasusConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_START_AT_PAD)),
+    "pegasus": lambda: t.PegasusForConditionalGeneration(
+        t.PegasusConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_START_AT_PAD)
+    ),
     "m2m_100": lambda: t.M2M100ForConditionalGeneration(t.M2M100Config(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "whisper": _whisper,
     "trocr": _trocr,
@@ -89,6 +91,8 @@ def checkpoint(name: str, directory: Path) -> Path:
             if parameter.dim() > 1:
                 parameter.mul_(4)
             else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)  # norms and biases that would hide if they were 1 and 0
+                parameter.add_(
+                    torch.randn_like(parameter) * 0.1
+                )  # norms and biases that would hide if they were 1 and 0
     model.save_pretrained(directory / name)
     return directory / name

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tests.exporter.models import BUILDERS
 
+from tests.exporter.models import BUILDERS
 from txopt.exporter import huggingface
 from txopt.exporter.trace import EXAMPLE
 from txopt.runtime.artifact import Artifact
@@ -74,20 +74,24 @@ def test_graphs_are_valid_and_axes_share_their_names(name: str, artifacts: Artif
         graph = onnx.load(path, load_external_data=False).graph
         for tensor in (*graph.input, *graph.output):
             for dim in tensor.type.tensor_type.shape.dim:
-                assert dim.HasField("dim_value") or dim.dim_param in EXAMPLE, f"{tensor.name} has an axis {dim.dim_param!r}"
+                assert dim.HasField("dim_value") or dim.dim_param in EXAMPLE, (
+                    f"{tensor.name} has an axis {dim.dim_param!r}"
+                )
         assert {entry.domain for entry in onnx.load(path, load_external_data=False).opset_import} == {""}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
 @pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m_100"])
-def test_ids_are_those_of_transformers(name: str, options: dict[str, Any], artifacts: Artifacts, checkpoints: Make) -> None:
+def test_ids_are_those_of_transformers(
+    name: str, options: dict[str, Any], artifacts: Artifacts, checkpoints: Make
+) -> None:
     inputs = _padded(np.random.default_rng(5), 3, 6)
     source = huggingface.load(checkpoints(name), torch.float32)
     common = {"max_new_tokens": 15, "do_sample": False, **options}
     expected = source.generate({key: torch.from_numpy(value) for key, value in inputs.items()}, **common)
     got = Model(artifacts(name)).generate(**inputs, **common)
     assert expected is not None
-    np.testing.assert_array_equal(got.sequences, expected.numpy())
+    np.testing.assert_array_equal(got.sequences, expected.ids.numpy())
 
 
 def test_decoder_alone_takes_prompts_padded_on_the_left(artifacts: Artifacts, checkpoints: Make) -> None:
@@ -98,7 +102,9 @@ def test_decoder_alone_takes_prompts_padded_on_the_left(artifacts: Artifacts, ch
         common: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
         expected = source.generate({key: torch.from_numpy(value) for key, value in inputs.items()}, **common)
         assert expected is not None
-        np.testing.assert_array_equal(Model(artifacts("gpt2")).generate(**inputs, **common).sequences, expected.numpy())
+        np.testing.assert_array_equal(
+            Model(artifacts("gpt2")).generate(**inputs, **common).sequences, expected.ids.numpy()
+        )
 
 
 def test_rows_may_stand_at_different_positions(artifacts: Artifacts) -> None:

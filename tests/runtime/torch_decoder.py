@@ -5,7 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from txopt.runtime.decoder import Floats, Ids
 
@@ -52,8 +59,9 @@ class TorchDecoder:
 
 
 def _talkative(model: Any, end: int, loudness: float = 1.5, gain: float = 1.7) -> Any:
-    """Random weights as they come say one token for ever: here every layer matters, and the end is as likely as other tokens."""
-    model.lm_head.weight = torch.nn.Parameter(torch.empty(model.lm_head.weight.shape))  # T5's is tied: it would say its input again
+    """Random weights as they come say one token for ever: here every layer matters, and texts end."""
+    # T5's is tied to its input, which it would say again.
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(model.lm_head.weight.shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "embed" in name or "shared" in name or ".wte" in name or ".wpe" in name or "relative" in name:
@@ -62,7 +70,8 @@ def _talkative(model: Any, end: int, loudness: float = 1.5, gain: float = 1.7) -
                 parameter.normal_(std=loudness / parameter.shape[1] ** 0.5)
                 parameter[end] *= 1.3
             elif "encoder_attn.out" in name or "EncDecAttention.o" in name:
-                parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5)  # the source matters, the words said so far matter more
+                # The source matters, the words said so far matter more.
+                parameter.normal_(std=0.6 / parameter.shape[-1] ** 0.5)
             elif parameter.ndim > 1:
                 parameter.normal_(std=gain / parameter.shape[-1] ** 0.5)
     return model.eval()
@@ -74,7 +83,8 @@ def tiny(name: str) -> Any:
     common: dict[str, Any] = {"vocab_size": VOCABULARY, "tie_word_embeddings": False}
     if name == "t5":
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        return _talkative(T5ForConditionalGeneration(T5Config(**common, **sizes, decoder_start_token_id=0)), end=1, loudness=9)
+        config = T5Config(**common, **sizes, decoder_start_token_id=0)
+        return _talkative(T5ForConditionalGeneration(config), end=1, loudness=9)
     if name == "bart":
         sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
         heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}

@@ -1,0 +1,1 @@
+"""Example: a classifier, from training to an artifact."""

@@ -1,0 +1,212 @@
+"""Decomposed RMS norms: what fuses, what must not and why, and that the numbers stay."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from txopt.exporter.fusion.rms_norm import fuse
+from txopt.exporter.graph import count
+
+Array = NDArray[Any]
+
+WEIGHT = np.linspace(0.5, 2, 8)
+X = np.random.default_rng(0).normal(size=(2, 3, 8)) * 3
+
+
+class Chain:
+    """T5's norm as PyTorch exports it, node by node; ``half``: float16 around statistics in float32."""
+
+    def __init__(self, *, half: bool = False, exponent: float = 2, axis: int = -1) -> None:
+        self.dtype = np.float16 if half else np.float32
+        self.constants: dict[str, Array] = {
+            "exponent": np.array(exponent, np.float32),
+            "axes": np.array([axis], np.int64),
+            "epsilon": np.array(0.01, np.float32),
+            "weight": WEIGHT.astype(self.dtype),
+        }
+        wide, narrow = ("wide", "narrow") if half else ("x", "scaled")
+        chain: list[tuple[str, Sequence[str], str]] = [
+            ("Pow", (wide, "exponent"), "squared"),
+            ("ReduceMean", ("squared", "axes"), "mean"),
+            ("Add", ("mean", "epsilon"), "shifted"),
+            ("Sqrt", ("shifted",), "root"),
+            ("Reciprocal", ("root",), "inverse"),
+            ("Mul", (wide, "inverse"), "scaled"),
+            ("Mul", ("weight", narrow), "y"),
+        ]
+        self.nodes = [
+            onnx.helper.make_node(op, inputs, [output], name=f"block/{output}") for op, inputs, output in chain
+        ]
+        if half:
+            cast = [("x", "wide", onnx.TensorProto.FLOAT), ("scaled", "narrow", onnx.TensorProto.FLOAT16)]
+            first, last = (onnx.helper.make_node("Cast", [a], [b], name=f"block/{b}", to=to) for a, b, to in cast)
+            self.nodes = [first, *self.nodes[:-1], last, self.nodes[-1]]
+        self.inputs = {"x": self.dtype}
+        self.outputs = ["y"]
+
+    def model(self) -> ir.Model:
+        kind = onnx.helper.np_dtype_to_tensor_dtype
+        info = onnx.helper.make_tensor_value_info
+        graph = onnx.helper.make_graph(
+            self.nodes,
+            "norm",
+            [
+                info(name, kind(np.dtype(dtype)), [] if name != "x" else ["B", "T", 8])
+                for name, dtype in self.inputs.items()
+            ],
+            [onnx.helper.make_empty_tensor_value_info(name) for name in self.outputs],
+            [onnx.numpy_helper.from_array(value, name) for name, value in self.constants.items()],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
+        return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+def run(model: ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # else it fuses by itself
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    results: list[Array] = session.run(None, dict(feeds))
+    return results
+
+
+def by_formula(x: Array, weight: Array) -> Array:
+    """y = x / sqrt(mean(x^2) + epsilon) * weight, in float64."""
+    wide = x.astype(np.float64)
+    return np.asarray(wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.01) * weight)
+
+
+@pytest.mark.parametrize(("half", "atol"), [(False, 1e-6), (True, 4e-3)], ids=["fp32", "fp16 with casts"])
+def test_a_norm_fuses_and_says_the_same(half: bool, atol: float) -> None:
+    chain = Chain(half=half)
+    x = X.astype(chain.dtype)
+    before = run(chain.model(), {"x": x})[0]
+    model = chain.model()
+    report = fuse(model)
+    assert (report.fused, report.refused) == (1, [])
+    assert count(model) == {"RMSNormalization": 1}
+    after = run(model, {"x": x})[0]
+    assert after.dtype == before.dtype == chain.dtype
+    np.testing.assert_allclose(after, before, rtol=0, atol=atol)
+    np.testing.assert_allclose(after, by_formula(x, chain.constants["weight"]), rtol=0, atol=atol)
+
+
+def test_the_statistics_of_half_precision_stay_in_float32() -> None:
+    """The squares of these values are beyond float16: computed in it, the norm would be zero."""
+    chain = Chain(half=True)
+    x = (X * 1e4 / 3).clip(-6e4, 6e4).astype(np.float16)
+    model = chain.model()
+    fuse(model)
+    np.testing.assert_allclose(run(model, {"x": x})[0], by_formula(x, chain.constants["weight"]), rtol=2e-3, atol=1e-3)
+
+
+def test_what_the_norm_becomes_is_a_valid_node_of_the_same_scope() -> None:
+    model = Chain().model()
+    fuse(model)
+    node = next(iter(model.graph))
+    assert node.name == "block/RMSNormalization"
+    assert {name: node.attributes[name].value for name in ("axis", "stash_type")} == {"axis": -1, "stash_type": 1}
+    assert node.attributes["epsilon"].as_float() == pytest.approx(0.01)
+    assert [value.name for value in model.graph.outputs] == ["y"]
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_weight_and_factors_may_stand_on_either_side() -> None:
+    chain = Chain()
+    for node in chain.nodes:
+        if node.op_type in ("Mul", "Add"):
+            node.input.reverse()
+    model = chain.model()
+    assert fuse(model).fused == 1
+    np.testing.assert_allclose(run(model, {"x": X.astype(np.float32)})[0], by_formula(X, WEIGHT), rtol=0, atol=2e-6)
+
+
+def test_a_widening_cast_that_feeds_others_stays() -> None:
+    chain = Chain(half=True)
+    chain.nodes.append(onnx.helper.make_node("Neg", ["wide"], ["other"]))
+    chain.outputs.append("other")
+    model = chain.model()
+    assert fuse(model).fused == 1
+    assert count(model) == {"Cast": 1, "Neg": 1, "RMSNormalization": 1}
+
+
+def used_elsewhere(name: str) -> Chain:
+    chain = Chain()
+    chain.nodes.append(onnx.helper.make_node("Neg", [name], ["other"]))
+    chain.outputs.append("other")
+    return chain
+
+
+def given_out(name: str) -> Chain:
+    chain = Chain()
+    chain.outputs.append(name)
+    return chain
+
+
+def not_constant(name: str) -> Chain:
+    chain = Chain()
+    chain.inputs[name] = chain.constants.pop(name).dtype.type
+    return chain
+
+
+def scaling_something_else() -> Chain:
+    chain = Chain()
+    chain.nodes.insert(0, onnx.helper.make_node("Neg", ["x"], ["negative"]))
+    scaled = next(node for node in chain.nodes if "scaled" in node.output)
+    scaled.input[0] = "negative"
+    return chain
+
+
+def without_weight() -> Chain:
+    chain = Chain()
+    chain.nodes = chain.nodes[:-1]
+    chain.nodes[-1].output[0] = "y"
+    return chain
+
+
+# a chain that is almost a norm, and the reason that must be given
+NEAR_MISSES: dict[str, tuple[Chain, str]] = {
+    "exponent 3": (Chain(exponent=3), "the exponent is 3"),
+    "mean over axis 1": (Chain(axis=1), "over axes [1], not [-1]"),
+    "epsilon from outside": (not_constant("epsilon"), "epsilon is not a constant"),
+    "exponent from outside": (not_constant("exponent"), "the exponent is None"),
+    "mean read elsewhere": (used_elsewhere("mean"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
+    "root read elsewhere": (used_elsewhere("root"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
+    "inverse read elsewhere": (used_elsewhere("inverse"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
+    "inverse is an output": (given_out("inverse"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
+    "scaled read elsewhere": (used_elsewhere("scaled"), "no weight vector"),
+    "scaled is an output": (given_out("scaled"), "no weight vector"),
+    "another value scaled": (scaling_something_else(), "not the one that is scaled"),
+    "no weight": (without_weight(), "no weight vector"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_near_miss_is_left_alone_and_says_why(name: str) -> None:
+    chain, reason = NEAR_MISSES[name]
+    model = chain.model()
+    untouched = ir.to_proto(model).SerializeToString(deterministic=True)
+    report = fuse(model)
+    assert report.fused == 0
+    assert len(report.refused) == 1
+    assert report.refused[0].startswith("block/squared: ")
+    assert reason in report.refused[0]
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == untouched
+
+
+def test_squares_that_something_else_reads_are_left_alone() -> None:
+    model = used_elsewhere("squared").model()
+    assert fuse(model).fused == 0
+    assert count(model) == count(used_elsewhere("squared").model())
+
+
+def test_a_power_without_a_mean_is_no_norm_and_no_refusal() -> None:
+    chain = Chain()
+    chain.nodes = [onnx.helper.make_node("Pow", ["x", "exponent"], ["y"])]
+    report = fuse(chain.model())
+    assert (report.fused, report.refused) == (0, [])
