@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-import txopt
+from txopt import __version__
 from txopt.exporter import checkpoint, fusion, graph, reference, weights
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import collect, collect_files
@@ -119,7 +119,7 @@ def _manifest(
         precision=precision,
         target=target,
         source={**opened.origin, "fp32_islands": _islands(opened.source) if precision != "fp32" else []},
-        versions={"txopt": txopt.__version__, **{name: version(name) for name in _VERSIONS}},
+        versions={"txopt": __version__, **{name: version(name) for name in _VERSIONS}},
         graphs=traced.specs,
         cache=traced.cache,
         generation={key: value for key, value in facts.generation.items() if key in _GENERATION},

@@ -33,6 +33,7 @@ EXPORTER = f"{CALIBRATION} txopt.exporter torch transformers safetensors tokeniz
 ANY_OF_OURS = "txopt.runtime txopt.calibration txopt.exporter txopt.cli benchmarks"
 
 # The longest matching path decides.
+FRONT = "txopt.console txopt.summary txopt.demonstration txopt.benchmarks"
 RULES = {
     "runtime": rule(RUNTIME, RUNTIME_LAZILY),
     "runtime/backends/ort.py": rule(f"{RUNTIME} onnxruntime", RUNTIME_LAZILY),
@@ -41,8 +42,10 @@ RULES = {
     "exporter": rule(EXPORTER, "PIL soundfile"),
     "exporter/engine.py": rule(f"{EXPORTER} tensorrt tensorrt_rtx"),
     "src/txopt/__init__.py": rule("", ANY_OF_OURS),
-    "src/txopt": rule("txopt.runtime.errors typer rich click", f"{ANY_OF_OURS} numpy"),
-    "benchmarks": rule(f"{ANY_OF_OURS} numpy typer rich", "torch transformers"),
+    "src/txopt": rule("txopt.runtime.errors typer rich click", f"{ANY_OF_OURS} {FRONT} numpy torch"),
+    "src/txopt/summary.py": rule("txopt.runtime"),
+    "src/txopt/demonstration.py": rule("txopt.console txopt.runtime.errors", f"{ANY_OF_OURS} {FRONT} torch"),
+    "benchmarks": rule(f"{ANY_OF_OURS} txopt.benchmarks numpy typer rich", "torch transformers"),
 }
 OURS = [file for top in ("src", *RULES) for file in sorted((ROOT / top).rglob("*.py"))]
 CHECKED = sorted({file.relative_to(ROOT).as_posix() for file in OURS})

@@ -1,0 +1,233 @@
+"""The command line as a shell sees it: exit codes, one document on stdout, progress on stderr, and how long a word takes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.cases import FILE as CASES
+
+TXOPT = str(Path(sys.executable).with_name("txopt"))
+SOURCE = "txopt.examples.g2p.model:factory"
+CLIP = Path(__file__).parent / "data/speech/sense_and_sensibility_01_austen_64kb-0880.wav"
+LONGEST = 0.7  # seconds from the shell's call to the answer, for one word
+
+
+def txopt(*arguments: object, stdin: str = "", cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([TXOPT, *map(str, arguments)], capture_output=True, text=True, input=stdin, cwd=cwd)
+
+
+def txopt_without(package: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    """The same, where ``package`` is not installed."""
+    code = f"import sys; sys.modules[{package!r}] = None; from txopt.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def deviating(g2p: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An intact artifact whose reference cases say something else than its graphs."""
+    copy = tmp_path_factory.mktemp("deviating") / "artifact"
+    copy.mkdir()
+    for file in g2p.path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    with (copy / CASES).open("rb") as file:
+        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    tensors = load_file(copy / CASES)
+    tensors["padded/expected/self_key.1"] += 1
+    save_file(tensors, copy / CASES, metadata)
+    manifest = json.loads((copy / "manifest.json").read_text("utf-8"))
+    data = (copy / CASES).read_bytes()
+    manifest["files"][CASES] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (copy / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple["subprocess.CompletedProcess[str]", Path]:
+    """What ``txopt export --json`` said, and what it made."""
+    out = tmp_path_factory.mktemp("exported") / "artifact"
+    return txopt("export", SOURCE, out, "--json"), out
+
+
+def test_0_an_export_is_one_document_on_stdout_and_its_stages_on_stderr(
+    exported: tuple["subprocess.CompletedProcess[str]", Path],
+) -> None:
+    done, out = exported
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["path"] == str(out)
+    assert document["parity"]["passed"] is True
+    lines = done.stderr.splitlines()
+    assert [line.split()[1] for line in lines][:3] == ["load", "record", "trace"]
+    assert all(line.startswith(f"[{index}/{len(lines)}] ") for index, line in enumerate(lines, start=1)), done.stderr
+    assert Artifact.open(out).manifest.parity["passed"]
+
+
+def test_0_verify_is_one_document_and_silent(g2p: Artifact) -> None:
+    done = txopt("verify", g2p.path, "--json", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document["passed"] is True
+    assert document["deviations"] == document["failures"] == []
+
+
+def test_0_run_says_a_word_and_nothing_else(g2p: Artifact) -> None:
+    done = txopt("run", g2p.path, "--text", "cat")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "K AE1 T\n", "")
+
+
+def test_0_inspect_is_one_document(g2p: Artifact) -> None:
+    done = txopt("inspect", g2p.path, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["family"] == "custom"
+
+
+def test_0_lines_of_stdin_are_texts(g2p: Artifact) -> None:
+    done = txopt("run", g2p.path, "--text", "-", stdin="cat\n\ndog\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["K AE1 T", "D AO1 G"]
+
+
+def test_0_json_of_several_lines_is_one_document(g2p: Artifact) -> None:
+    done = txopt("run", g2p.path, "--text", "-", "--json", stdin="cat\ndog\n")
+    assert done.returncode == 0
+    documents = json.loads(done.stdout)
+    assert [document["text"] for document in documents] == ["K AE1 T", "D AO1 G"]
+
+
+def test_0_a_stream_with_json_is_one_document(g2p: Artifact) -> None:
+    done = txopt("run", g2p.path, "--text", "cat", "--stream", "--json")
+    if done.returncode == 2:  # to refuse the pair would be right too
+        assert done.stdout == ""
+        return
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["text"] == "K AE1 T"
+
+
+def test_0_a_stream_is_the_text(g2p: Artifact) -> None:
+    done = txopt("run", g2p.path, "--text", "transformer", "--stream")
+    assert done.returncode == 0
+    assert done.stdout == txopt("run", g2p.path, "--text", "transformer").stdout
+
+
+def test_0_arrays_are_read_from_a_file(g2p: Artifact, tmp_path: Path) -> None:
+    np.savez(tmp_path / "ids.npz", input_ids=np.array([[4, 5, 2]]), attention_mask=np.ones((1, 3), np.int64))
+    done = txopt("run", g2p.path, "--ids", tmp_path / "ids.npz", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = json.loads(done.stdout)["ids"]
+    assert row[0] == 1
+    assert row[-1] == 2
+
+
+# what is asked of ``run``, and what the message on stderr must say; {artifact} is g2p's
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing there": (("no-such-artifact", "--text", "cat"), "no-such-artifact"),
+    "a directory that is no artifact": ((str(CLIP.parent), "--text", "cat"), "manifest.json"),
+    "a file": ((str(CLIP), "--text", "cat"), "found a file"),
+    "audio for a text model": (("{artifact}", "--audio", str(CLIP)), "takes text, not audio"),
+    "an image for a text model": (("{artifact}", "--image", "cat.png"), "takes text, not image"),
+    "two inputs": (("{artifact}", "--text", "cat", "--audio", str(CLIP)), "--text and --audio"),
+    "no input": (("{artifact}",), "expected one of --text, --audio, --image, --ids"),
+    "no lines on stdin": (("{artifact}", "--text", "-"), "stdin"),
+    "no beams": (("{artifact}", "--text", "cat", "--num-beams", "0"), "num_beams"),
+    "a language the model has not": (("{artifact}", "--text", "cat", "--target-language", "de"), "no language tokens"),
+    "an option of speech": (("{artifact}", "--text", "cat", "--language", "de"), "language"),
+    "a device there is not": (("{artifact}", "--text", "cat", "--device", "tpu"), "tpu"),
+    "no threads": (("{artifact}", "--text", "cat", "--threads", "0"), "threads"),
+    "arrays that are not there": (("{artifact}", "--ids", "no-such.npz"), "no-such.npz"),
+    "a number that is none": (("{artifact}", "--text", "cat", "--num-beams", "many"), "many"),
+    "an option there is not": (("{artifact}", "--text", "cat", "--no-such-option"), "no-such-option"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_2_wrong_input_is_one_message_and_no_traceback(what: str, g2p: Artifact, tmp_path: Path) -> None:
+    arguments, said = WRONG[what]
+    done = txopt("run", *(part.format(artifact=g2p.path) for part in arguments), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_2_text_for_a_speech_model(g2p: Artifact, tmp_path: Path) -> None:
+    """The front end alone decides it, so a speech model's manifest is enough."""
+    manifest: dict[str, Any] = json.loads((g2p.path / "manifest.json").read_text("utf-8"))
+    manifest["task"], manifest["frontend"] = "speech-to-text", {
+        "type": "audio",
+        "feature_size": 80,
+        "sampling_rate": 16000,
+        "n_fft": 400,
+        "hop_length": 160,
+        "chunk_length": 30,
+        "padding_value": 0.0,
+    }
+    for file in g2p.path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    done = txopt("run", tmp_path, "--text", "cat")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "takes audio, not text" in done.stderr
+
+
+def test_2_wrong_options_of_an_export_are_told_at_once(tmp_path: Path) -> None:
+    done = txopt("export", SOURCE, "out", "--precision", "fp7", "--target", "abacus", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "fp7" in done.stderr
+    assert "abacus" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_2_an_artifact_is_not_replaced_unasked(exported: tuple["subprocess.CompletedProcess[str]", Path]) -> None:
+    before = {file.name: file.read_bytes() for file in exported[1].iterdir()}
+    done = txopt("export", SOURCE, exported[1], "--quiet")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--overwrite" in done.stderr
+    assert {file.name: file.read_bytes() for file in exported[1].iterdir()} == before
+
+
+def test_3_an_artifact_that_deviates(deviating: Path) -> None:
+    done = txopt("verify", deviating)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert 'first deviation: case "padded": self_key of layer 1' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_4_export_without_its_packages_says_what_to_install(package: str, tmp_path: Path) -> None:
+    done = txopt_without(package, "export", SOURCE, tmp_path / "out")
+    assert done.returncode == 4, done.stderr
+    assert package in done.stderr
+    assert 'pip install "txopt[export]"' in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_4_a_device_without_its_engine(g2p: Artifact) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is a GPU's engine here")
+    done = txopt("run", g2p.path, "--text", "cat", "--device", "cuda")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "onnxruntime-gpu" in done.stderr or "txopt[gpu]" in done.stderr
+
+
+def test_a_word_is_said_in_no_time(g2p: Artifact) -> None:
+    """Start of the process, check of all hashes and the answer: what a shell script waits for, at the best of five."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = txopt("run", g2p.path, "--text", "transformer")
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    print(f"best {min(times):.2f} s, all {[round(x, 2) for x in times]}, load {os.getloadavg()[0]:.1f}")
+    assert min(times) < LONGEST
