@@ -28,7 +28,16 @@ def txopt(*arguments: object, stdin: str = "", cwd: Path | None = None) -> "subp
 
 def txopt_without(package: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """The same, where ``package`` is not installed."""
-    code = f"import sys; sys.modules[{package!r}] = None; from txopt.cli import main; main()"
+    code = f"""
+import sys
+class Missing:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name={package!r})
+sys.meta_path.insert(0, Missing)
+from txopt.cli import main
+main()
+"""
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -144,7 +153,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a device there is not": (("{artifact}", "--text", "cat", "--device", "tpu"), "tpu"),
     "no threads": (("{artifact}", "--text", "cat", "--threads", "0"), "threads"),
     "arrays that are not there": (("{artifact}", "--ids", "no-such.npz"), "no-such.npz"),
-    "a number that is none": (("{artifact}", "--text", "cat", "--num-beams", "many"), "many"),
+    "a number that is none": (("{artifact}", "--text", "cat", "--num-beams", "many"), "--num-beams"),
     "an option there is not": (("{artifact}", "--text", "cat", "--no-such-option"), "no-such-option"),
 }
 
@@ -162,15 +171,18 @@ def test_2_wrong_input_is_one_message_and_no_traceback(what: str, g2p: Artifact,
 def test_2_text_for_a_speech_model(g2p: Artifact, tmp_path: Path) -> None:
     """The front end alone decides it, so a speech model's manifest is enough."""
     manifest: dict[str, Any] = json.loads((g2p.path / "manifest.json").read_text("utf-8"))
-    manifest["task"], manifest["frontend"] = "speech-to-text", {
-        "type": "audio",
-        "feature_size": 80,
-        "sampling_rate": 16000,
-        "n_fft": 400,
-        "hop_length": 160,
-        "chunk_length": 30,
-        "padding_value": 0.0,
-    }
+    manifest["task"], manifest["frontend"] = (
+        "speech-to-text",
+        {
+            "type": "audio",
+            "feature_size": 80,
+            "sampling_rate": 16000,
+            "n_fft": 400,
+            "hop_length": 160,
+            "chunk_length": 30,
+            "padding_value": 0.0,
+        },
+    )
     for file in g2p.path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), "utf-8")

@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent / "data/speech"
+PROMPT = [50257, 50362]  # <|startoftranscript|><|notimestamps|>
 SAID = "he was not an old sposed young man"  # what PyTorch hears, see README.md there
 
 
@@ -59,10 +60,11 @@ def model(artifact: Artifact) -> Model:
 
 
 def spoken(ids: Any, model: Model) -> list[int]:
-    """Ids after the decoder's prompt and up to the end: transformers leaves both out, and we keep both."""
-    end, start = model.manifest.generation["eos_token_id"], model.manifest.generation["decoder_start_token_id"]
+    """Ids after the decoder's prompt and up to the end: transformers cuts a part of both away, and we keep both."""
     row = [int(token) for token in ids]
-    row = row[2:] if row[0] == start else row  # <|startoftranscript|><|notimestamps|>
+    while row[0] in PROMPT:
+        row = row[1:]
+    end = model.manifest.generation["eos_token_id"]
     return row[: row.index(end)] if end in row else row
 
 
@@ -77,7 +79,7 @@ def test_it_is_verified(artifact: Artifact) -> None:
 def test_ids_are_those_of_transformers(clip: Path, num_beams: int, model: Model, pytorch: Any) -> None:
     feeds, options = model.pipeline("audio").prepare([clip])
     got = model.generate(**feeds, **options, num_beams=num_beams).sequences[0]
-    assert got[:2].tolist() == [50257, 50362]
+    assert got[:2].tolist() == PROMPT
     with torch.no_grad():
         expected = pytorch.generate(torch.from_numpy(feeds["input_features"]), num_beams=num_beams, do_sample=False)
     assert spoken(got, model) == spoken(expected[0], model)
@@ -91,7 +93,8 @@ def test_clips_in_one_batch_say_what_they_say_alone(model: Model) -> None:
 
 
 def test_the_pipeline_hears_what_pytorch_hears(model: Model) -> None:
-    assert model.pipeline("audio")([clips()[0]])[0].strip().lower().rstrip(".") == SAID
+    text = model.pipeline("audio")([clips()[0]])[0]
+    assert text.strip().lower().rstrip(".").replace("-", " ") == SAID
 
 
 def test_the_stream_is_the_text_in_pieces(model: Model) -> None:

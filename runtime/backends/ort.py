@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from txopt.runtime.errors import MissingDependencyError, UsageError
+from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, UsageError
 
 Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types
@@ -57,12 +57,17 @@ class Runner:
     def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised, and said once
         if threads is not None:
             if threads < 1:
                 raise UsageError(f"threads must be at least 1, got {threads}")
             options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as err:  # the library raises a dozen kinds, without a common base
+            raise ArtifactError(
+                f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot open this graph (opset 24 needs 1.30 or newer): {err}"
+            ) from err
 
     @property
     def on_host(self) -> bool:
@@ -97,7 +102,12 @@ class Runner:
         names = [output.name for output in self._session.get_outputs()]
         for name in names:
             binding.bind_output(name, self._device, self._ordinal)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as err:  # the library raises a dozen kinds, without a common base
+            raise InputError(
+                f"the engine refused these inputs; ids beyond the vocabulary or too long sources do that: {err}"
+            ) from err
         return dict(zip(names, binding.get_outputs(), strict=True))
 
 
