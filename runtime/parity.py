@@ -113,7 +113,8 @@ def verify(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | 
         ArtifactError: it is damaged.
     """
     artifact = Artifact.open(path)
-    return replay(artifact, load(artifact.path), device=device, threads=threads).require()
+    skipped = artifact.manifest.parity.get("skipped", ())
+    return replay(artifact, load(artifact.path), device=device, threads=threads, skipped=skipped).require()
 
 
 def replay(
@@ -147,7 +148,7 @@ def replay(
         ids=ids,
         near_ties=tuple(ties),
         invariance=_invariance(model, cases),
-        skipped=tuple(notes),
+        skipped=tuple(dict.fromkeys(notes)),
         failures=tuple(failures),
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.runtime.errors import UsageError
+from txopt.runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from txopt.runtime.model import Model
@@ -54,6 +54,8 @@ class Pipeline:
     def __call__(self, sources: str | Sequence[Any], **options: Any) -> Any:
         """The texts of ``sources``, a list; one str for one str."""
         single = isinstance(sources, str)
+        if not isinstance(sources, (str, Sequence)):
+            raise InputError(f"expected a source or a list of them, got {type(sources).__name__}")
         feeds, options = self.prepare([sources] if single else list(sources), **options)
         result = self._model.generate(**feeds, **options)
         texts = [self.text(row) for row in result.sequences[:, self._skipped(feeds) :]]

@@ -51,6 +51,9 @@ def run(
         yield _run_arrays(model, _arrays(request.ids), request.options)
         return
     if model.manifest.kind == "encoder":
+        if request.options or pieces is not None:
+            asked = ", ".join(request.options) or "stream"
+            raise UsageError(f"this artifact ({model.manifest.task}) generates nothing: leave out {asked}")
         yield from _run_encoder(model, _texts(request.text), kind)
         return
     pipeline = model.pipeline(kind)

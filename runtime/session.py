@@ -207,6 +207,8 @@ def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, Arra
 def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]:
     found = f"{item.name}: expected {item.dtype} {_axes(item)}, got {value.dtype} {list(value.shape)}"
     integral = item.dtype.startswith("int")
+    if integral and value.size and value.dtype.kind in "iu" and value.min() < 0:
+        return [f"{item.name}: expected ids and masks of at least 0, got {value.min()}"]
     if value.dtype.kind not in ("iub" if integral else "f") or value.ndim != len(item.axes) or 0 in value.shape:
         return [found]
     for axis, size in zip(item.axes, value.shape, strict=True):

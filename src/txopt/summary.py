@@ -21,6 +21,8 @@ def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
         kept = ", ".join(f"{count} {operator}" for operator, count in nodes.items() if operator in _HEADLINES)
         lines.append(f"  {name}: {sum(nodes.values())} nodes, of them {kept}")
         for operator, report in fused["patterns"].items():
+            if not report["fused"] and not report["refused"]:
+                continue
             lines.append(f"    {operator}: {report['fused']} fused by pattern, {len(report['refused'])} refused")
             lines += [f"      {reason}" for reason in report["refused"]]
     lines.append("  " + _parity_line(manifest.parity))
