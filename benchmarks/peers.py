@@ -3,7 +3,6 @@
 A peer is a name, a function from inputs to ids, and nothing else; a new one is a class here and a line in PEERS.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +36,7 @@ class Txopt:
 
 
 class TorchEager:
-    """PyTorch's own generate(), eager, with its default attention; a custom module has no loop of its own to compare with."""
+    """PyTorch's own generate(), eager mode, with the attention that transformers chooses (sdpa where there is one)."""
 
     name = "torch"
 
@@ -51,11 +50,6 @@ class TorchEager:
             torch.set_num_threads(threads)
         self._torch = torch
         self._source = load(source, DTYPES[precision]).source
-        module: Any = self._source.module
-        if hasattr(module, "set_attn_implementation"):
-            # Its fastest, where the family has a choice; the reference run is eager.
-            with contextlib.suppress(ValueError):
-                module.set_attn_implementation("sdpa")
 
     def generate(self, inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:
         tensors = {name: self._torch.from_numpy(value) for name, value in inputs.items()}

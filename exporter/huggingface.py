@@ -174,7 +174,7 @@ def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
             f"config.json of {directory} names the architecture {name!r}, which transformers {transformers.__version__} does not have"
         )
     module = architecture.from_pretrained(
-        directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+        directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
     )
     pooling = read_pooling(directory) if family.kind == "encoder" else None
     return HuggingFaceSource(module, family, pooling)
