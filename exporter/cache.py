@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from txopt.exporter.custom import CrossKV
 from txopt.exporter.operators import attention, cross_attention, fold_mask, kv_write
-from txopt.runtime.errors import TxoptError
+from txopt.runtime.errors import SourceError, TxoptError
 
 KV = tuple[Tensor, Tensor]
 
@@ -76,7 +76,7 @@ class CrossCollector:
 
     def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
         if layer != len(self.cross_kv):
-            raise TxoptError(
+            raise SourceError(
                 f"decode() asks for cross-attention of layer {layer} after {len(self.cross_kv)} layers: number them 0, 1, ..."
             )
         self.cross_kv.append(kv())

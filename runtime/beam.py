@@ -96,8 +96,7 @@ def beam_search(
 
         longest = options.early_stopping == "never" and options.length_penalty > 0
         reach = float((max_length if longest else length) - prompt_length) ** options.length_penalty
-        worst = np.where(is_finished, finished.scores.min(axis=1, keepdims=True), IMPOSSIBLE)
-        improvable &= (alive[:, :1] / np.float32(reach) > worst).any(axis=1)
+        improvable &= alive[:, 0] / np.float32(reach) > finished.scores.min(axis=1)
         if not improvable.any() or hits.all() or (options.early_stopping is True and is_finished.all()):
             return _result(finished, prompt_length, options.num_return_sequences)
 

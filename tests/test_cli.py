@@ -48,8 +48,8 @@ def deviating(g2p: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy.mkdir()
     for file in g2p.path.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    with (copy / CASES).open("rb") as file:
-        metadata = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    with (copy / CASES).open("rb") as header:
+        metadata = json.loads(header.read(int.from_bytes(header.read(8), "little")))["__metadata__"]
     tensors = load_file(copy / CASES)
     tensors["padded/expected/self_key.1"] += 1
     save_file(tensors, copy / CASES, metadata)
@@ -103,14 +103,14 @@ def test_0_inspect_is_one_document(g2p: Artifact) -> None:
 def test_0_lines_of_stdin_are_texts(g2p: Artifact) -> None:
     done = txopt("run", g2p.path, "--text", "-", stdin="cat\n\ndog\n")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["K AE1 T", "D AO1 G"]
+    assert done.stdout.splitlines() == ["K AE1 T", "D AA1 G"]
 
 
 def test_0_json_of_several_lines_is_one_document(g2p: Artifact) -> None:
     done = txopt("run", g2p.path, "--text", "-", "--json", stdin="cat\ndog\n")
     assert done.returncode == 0
     documents = json.loads(done.stdout)
-    assert [document["text"] for document in documents] == ["K AE1 T", "D AO1 G"]
+    assert [document["text"] for document in documents] == ["K AE1 T", "D AA1 G"]
 
 
 def test_0_a_stream_with_json_is_one_document(g2p: Artifact) -> None:

@@ -150,7 +150,7 @@ def test_a_module_itself_is_a_source(tmp_path: Path) -> None:
     expected = CustomSource(Tiny()).generate(feeds, **options)
     assert expected is not None
     got = Model(artifact).generate(input_ids=ids, attention_mask=mask, **options).sequences
-    np.testing.assert_array_equal(got, expected.numpy())
+    np.testing.assert_array_equal(got, expected.ids.numpy())
 
 
 # what is wrong, and everything that one message must say of it

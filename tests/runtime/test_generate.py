@@ -76,6 +76,19 @@ def ours(name: str, prompt: Ids | None = None, **options: Any) -> GenerationResu
     return generate(given.open, start, merged, prompt_mask=given.prompt_mask, encoder_ids=given.ids.numpy())
 
 
+def steps(name: str, options: dict[str, Any]) -> int:
+    """How often the decoder runs."""
+    given, decoders = source(name), list[TorchDecoder]()
+
+    def remember(copies: int) -> TorchDecoder:
+        decoders.append(given.open(copies))
+        return decoders[-1]
+
+    merged = GenerationOptions.merge(given.model.generation_config.to_dict(), options)
+    generate(remember, given.prompt, merged, prompt_mask=given.prompt_mask)
+    return sum(call != "reorder" for call in decoders[0].calls)
+
+
 def theirs(name: str, **options: Any) -> Any:
     given = source(name)
     with warnings.catch_warnings():
@@ -137,6 +150,7 @@ CONSTRAINTS: tuple[dict[str, Any], ...] = (
     {"eos_token_id": 43},
     {"eos_token_id": [27, 18, 34, 8]},
     {"eos_token_id": [27, 18, 34], "pad_token_id": 3, "forced_eos_token_id": 18},
+    {"eos_token_id": list(range(3, VOCABULARY, 3))},
     {"eos_token_id": -1},
     {"max_length": 9, "max_new_tokens": None},
     {"max_length": 40, "max_new_tokens": 3},
@@ -168,6 +182,24 @@ def test_constraints_give_transformers_ids_greedily_and_with_beams(name: str, co
 def test_beams_stop_and_rank_as_transformers_do(name: str, search: dict[str, Any]) -> None:
     assert_equal(name, NEW | search)
     assert_equal(name, NEW | search | {"eos_token_id": FREQUENT[name], "max_new_tokens": 6})
+
+
+@pytest.mark.parametrize("early", [True, False, "never"])
+@pytest.mark.parametrize("name", MODELS)
+def test_beams_take_as_many_steps_as_transformers_and_no_more(name: str, early: bool | str) -> None:
+    seen = set()
+    for penalty in (-2.0, 0.0, 1.0):
+        options = {
+            "num_beams": 3,
+            "early_stopping": early,
+            "length_penalty": penalty,
+            "eos_token_id": list(range(3, VOCABULARY, 3)),
+            "max_new_tokens": 16,
+        }
+        taken = steps(name, options)
+        assert taken == len(theirs(name, **options).scores)
+        seen.add(taken)
+    assert min(seen) < 16, "a search that never stops early proves nothing"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -70,12 +70,13 @@ def label(value: Any) -> str:
     return ",".join(f"{name}={entry}".replace(" ", "") for name, entry in value.items())
 
 
-def assert_same_distribution(options: dict[str, Any], width: int = VOCABULARY) -> None:
+def assert_same_distribution(options: dict[str, Any], width: int = VOCABULARY, length: int = 9) -> None:
     random = np.random.default_rng(3)
     scores = (3 * random.normal(size=(ROWS, width))).astype(np.float32)
-    ids = random.integers(0, VOCABULARY, size=(ROWS, 9))
-    got, expected = (side(options, ids, scores, 4, 30) for side in (ours, theirs))
+    ids = random.integers(3, 8, size=(ROWS, length))  # few different ones, so that n-grams repeat
+    got, expected = (side(options, ids, scores, min(4, length), 30) for side in (ours, theirs))
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
     np.testing.assert_allclose(softmax(got), torch.tensor(expected).softmax(-1).numpy(), atol=1e-6)
 
 
@@ -95,14 +96,14 @@ def test_filters_and_constraints_combine_in_transformers_order() -> None:
         chosen |= {
             "repetition_penalty": float(random.uniform(0.5, 2)),
             "encoder_repetition_penalty": float(random.uniform(0.5, 2)),
-            "no_repeat_ngram_size": int(random.integers(0, 3)),
+            "no_repeat_ngram_size": int(random.integers(0, 4)),
             "encoder_no_repeat_ngram_size": int(random.integers(0, 3)),
             "suppress_tokens": random.integers(3, VOCABULARY, size=4).tolist(),
             "bad_words_ids": random.integers(3, VOCABULARY, size=(5, int(random.integers(1, 3)))).tolist(),
             "min_new_tokens": int(random.integers(0, 8)),
             "exponential_decay_length_penalty": (int(random.integers(0, 8)), 1.3),
         }
-        assert_same_distribution(chosen)
+        assert_same_distribution(chosen, length=int(random.integers(1, 10)))
 
 
 def test_filters_need_do_sample() -> None:
