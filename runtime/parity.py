@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.cases import Case, lengths, load, log_sum_exp, sample
-from txopt.runtime.errors import ParityError, explain
+from txopt.runtime.errors import ParityError, TxoptError, explain
 from txopt.runtime.model import Model
 
 Array = NDArray[Any]
@@ -63,7 +63,8 @@ class ParityReport:
 
     @property
     def largest_error(self) -> float:
-        return max((deviation.error for deviation in self.deviations), default=0.0)
+        errors = [deviation.error for deviation in self.deviations]
+        return float(np.max(errors)) if errors else 0.0  # NaN stays NaN
 
     def require(self) -> "ParityReport":
         """Itself, or ParityError naming the first place where the artifact left PyTorch's path."""
@@ -74,6 +75,9 @@ class ParityReport:
         if broken:
             first = min(broken, key=_order)
             problems.append(f"first deviation: {first}")
+            layers = [deviation for deviation in broken if deviation.layer is not None]
+            if first.layer is None and layers:
+                problems.append(f"first layer: {min(layers, key=lambda deviation: deviation.layer or 0)}")
             problems += [
                 str(deviation) for deviation in broken if deviation is not first and deviation.tensor == "logits"
             ]
@@ -85,7 +89,8 @@ class ParityReport:
         worst: dict[str, float] = {}
         for item in self.deviations:
             key = f"{item.case}/{item.tensor}"
-            worst[key] = max(worst.get(key, 0.0), item.error)
+            if not item.error <= worst.get(key, 0.0):  # NaN is the worst there is
+                worst[key] = item.error
         rounded = {key: float(f"{value:.2e}") for key, value in sorted(worst.items())}
         result = {"precision": self.precision, "tolerance": self.tolerance, "errors": rounded, "ids": self.ids}
         invariance = {key: float(f"{value:.2e}") for key, value in self.invariance.items()}
@@ -135,10 +140,13 @@ def replay(
     failures: list[str] = []
     notes = list(skipped)
     for case in cases:
-        deviations += _forced(model, case, tolerance)
-        for search in ("greedy", "beam"):
-            if search in case.generated:
-                _searched(model, case, search, tolerance, ids, ties, failures)
+        try:
+            deviations += _forced(model, case, tolerance)
+            for search in ("greedy", "beam"):
+                if search in case.generated:
+                    _searched(model, case, search, tolerance, ids, ties, failures)
+        except TxoptError as err:  # NaN scores, or a graph that the engine cannot run: both are what parity is to find
+            failures.append(f'case "{case.name}": {err}')
         if case.tokens.size and "beam" not in case.generated and case.generated:
             notes.append(f'case "{case.name}": beam search has no PyTorch reference for this source')
     return ParityReport(

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +233,15 @@ def test_4_a_device_without_its_engine(g2p: Artifact) -> None:
 
 
 def test_a_word_is_said_in_no_time(g2p: Artifact) -> None:
-    """Start of the process, check of all hashes and the answer: what a shell script waits for, at the best of five."""
-    times = []
+    """Start of the process, check of all hashes and the answer, best of five; benchmarks/main_road.py has the wall clock.
+
+    Processor seconds, which a busy machine does not change much; on an idle one the wall clock shows about the same.
+    """
+    seconds = []
     for _ in range(5):
-        start = time.perf_counter()
-        done = txopt("run", g2p.path, "--text", "transformer")
-        times.append(time.perf_counter() - start)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = txopt("run", g2p.path, "--text", "transformer", "--threads", "1")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0
-    print(f"best {min(times):.2f} s, all {[round(x, 2) for x in times]}, load {os.getloadavg()[0]:.1f}")
-    assert min(times) < LONGEST
+    assert min(seconds) < LONGEST

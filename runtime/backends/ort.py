@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, UsageError
+from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, TxoptError, UsageError
 
 Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types
@@ -42,7 +42,10 @@ class Call:
             self._binding.bind_ortvalue_output(name, value)
 
     def run(self) -> None:
-        self._run(self._binding)
+        try:
+            self._run(self._binding)
+        except Exception as err:  # the library raises a dozen kinds, without a common base
+            raise TxoptError(f"the engine failed: {err}") from err
 
 
 class Runner:

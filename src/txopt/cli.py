@@ -4,13 +4,15 @@ Exit codes: 0 done, 1 a defect of txopt, 2 wrong usage or input, 3 refused by a 
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from txopt import __version__
-from txopt.runtime.errors import MissingDependencyError, TxoptError
+from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError
 
 app = typer.Typer(
     name="txopt",
@@ -46,10 +48,8 @@ def export(
     """Trace, fuse and verify a model into an artifact."""
     console = _console(quiet, verbose, as_json)
     _without_network_noise()
-    try:
-        from txopt.exporter import pipeline
-    except ModuleNotFoundError as err:
-        raise MissingDependencyError(f'export needs {err.name}: pip install "txopt[export]"') from err
+    with _needs_exporter():
+        from txopt.exporter import huggingface, pipeline  # noqa: F401 - it brings transformers
     with console.stages(pipeline.STAGES) as progress:
         artifact = pipeline.export(
             source,
@@ -86,10 +86,9 @@ def verify(
         report = replay(artifact, device=device, threads=threads)
     else:
         _without_network_noise()
-        try:
+        with _needs_exporter():
+            from txopt.exporter import huggingface  # noqa: F401 - it brings transformers
             from txopt.exporter.pipeline import record_and_replay
-        except ModuleNotFoundError as err:
-            raise MissingDependencyError(f'--against needs {err.name}: pip install "txopt[export]"') from err
         report = record_and_replay(Artifact.open(artifact), against)
     console.result(report.to_json(), of_parity(report))
 
@@ -140,9 +139,13 @@ def run(
     request = Request(
         text=text, audio=audio, image=image, ids=ids, options={k: v for k, v in options.items() if v is not None}
     )
-    for document, line in run_request(
-        artifact, request, device=device, threads=threads, pieces=_print_piece if stream else None
-    ):
+    if stream and as_json:
+        raise UsageError("--stream prints pieces and --json one document: choose one")
+    results = run_request(artifact, request, device=device, threads=threads, pieces=_print_piece if stream else None)
+    if as_json and text == "-":
+        console.result([document for document, _ in results], "")
+        return
+    for document, line in results:
         console.result(document, line)
 
 
@@ -231,6 +234,14 @@ def _console(quiet: bool, verbose: bool, as_json: bool) -> Any:
 
 def _print_piece(piece: str) -> None:
     print(piece, end="", flush=True)
+
+
+@contextmanager
+def _needs_exporter() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as err:
+        raise MissingDependencyError(f'this command needs {err.name}: pip install "txopt[export]"') from err
 
 
 def _without_network_noise() -> None:

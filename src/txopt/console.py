@@ -20,7 +20,7 @@ class Console:
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self._quiet, self._as_json = quiet, as_json
 
-    def result(self, document: dict[str, Any], text: str) -> None:
+    def result(self, document: dict[str, Any] | list[dict[str, Any]], text: str) -> None:
         """The command's one result: ``document`` with --json, else ``text``."""
         print(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) if self._as_json else text, flush=True)
 

@@ -18,7 +18,7 @@ def demonstrate(words: Sequence[str], out: Path, console: Console) -> None:
     try:
         import torch
 
-        from txopt.exporter import pipeline
+        from txopt.exporter import huggingface, pipeline  # noqa: F401 - the former brings transformers
     except ModuleNotFoundError as err:
         raise MissingDependencyError(
             f'the demo exports a model and needs {err.name}: pip install "txopt[export]"'
