@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
-from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.errors import InputError, UsageError, explain
 from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
 
 FIRST_BUCKET = 64  # self-cache length of a new decoder; attention costs time in proportion to it
@@ -184,8 +184,6 @@ class RowDecoder:
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """The graph's feeds, in its dtypes; every problem with ``inputs`` in one InputError."""
-    from txopt.runtime.errors import explain
-
     known = {item.name: item for item in spec.inputs}
     problems = [f"{name}: unknown; expected {', '.join(known)}" for name in inputs if name not in known]
     feeds: dict[str, Array] = {}

@@ -150,7 +150,9 @@ CONSTRAINTS: tuple[dict[str, Any], ...] = (
     {"eos_token_id": 43},
     {"eos_token_id": [27, 18, 34, 8]},
     {"eos_token_id": [27, 18, 34], "pad_token_id": 3, "forced_eos_token_id": 18},
-    {"eos_token_id": list(range(3, VOCABULARY, 3))},
+    {"eos_token_id": [token for token in range(2, VOCABULARY) if token % 5]},  # most continuations end
+    {"forced_bos_token_id": 13, "bad_words_ids": [[13]], "begin_suppress_tokens": [13]},
+    {"forced_eos_token_id": 13, "eos_token_id": 13, "min_length": 40},
     {"eos_token_id": -1},
     {"max_length": 9, "max_new_tokens": None},
     {"max_length": 40, "max_new_tokens": 3},

@@ -110,6 +110,30 @@ def test_filters_need_do_sample() -> None:
     assert warpers(GenerationOptions(temperature=0.1, top_k=3, top_p=0.2, min_p=0.3, typical_p=0.4)) == []
 
 
+def test_top_p_removes_a_tail_of_exactly_its_size() -> None:
+    options, scores = {"do_sample": True, "top_p": 0.5}, np.log(np.array([[4, 2, 1, 1]], np.float32))
+    got, expected = (side(options, PROMPT[:1], scores, 1, 30) for side in (ours, theirs))
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
+    np.testing.assert_array_equal(np.isfinite(got), [[True, False, False, False]])
+
+
+class Fixed(np.random.Generator):
+    """Gives one number for ever."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.number = number
+
+    def random(self, size: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return np.full(size, self.number)
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (np.nextafter(1, 0), 3)])
+def test_a_removed_token_is_not_drawn_at_the_edges_either(number: float, token: int) -> None:
+    scores = np.array([[-np.inf, 0.1, 0.7, -0.4, -np.inf]], np.float32)
+    assert draw(scores, Fixed(number)).tolist() == [token]
+
+
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     scores = np.random.default_rng(0).normal(size=(1, 24)).astype(np.float32)
     scores[0, [0, 5, 23]] = -np.inf
