@@ -86,7 +86,10 @@ class Runner:
         return self.tensor(np.zeros(shape, _NUMPY[dtype]), dtype)
 
     def view(self, value: Value) -> Array:
-        """The tensor's memory on the CPU, valid only while ``value`` lives; a copy from a device."""
+        """The tensor's memory on the CPU, valid only while ``value`` lives; a copy from a device.
+
+        A binding keeps its values and their arrays alive; the array that ``numpy()`` gives does not.
+        """
         result: Array = value.numpy()
         return result
 
