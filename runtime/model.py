@@ -105,7 +105,9 @@ class Model:
             else set()
         )
         names |= {"input_ids", "attention_mask", "decoder_input_ids"}
-        tensors = {name: np.asarray(value) for name, value in arguments.items() if name in names and value is not None}
+        tensors = {
+            name: _array(name, value) for name, value in arguments.items() if name in names and value is not None
+        }
         overrides = {name: value for name, value in arguments.items() if name not in names}
         options = GenerationOptions.merge(self.manifest.generation, overrides)
         if self.manifest.kind == "decoder":
@@ -125,7 +127,7 @@ class Model:
             }
         start = tensors.pop("decoder_input_ids", None)
         encoded = self.session.encode(tensors)
-        prompt = self._start(encoded.batch, options) if start is None else np.asarray(start, np.int64)
+        prompt = self._start(encoded.batch, options) if start is None else start
         if prompt.shape[:1] != (encoded.batch,) or prompt.ndim != 2 or not prompt.size:
             raise InputError(f"decoder_input_ids: expected int64 [{encoded.batch},P], got {list(prompt.shape)}")
         return {
@@ -144,3 +146,10 @@ class Model:
 
             prompt = decoder_prompt(self.manifest.frontend, self.manifest.generation)
         return np.tile(np.asarray(prompt, np.int64), (batch, 1))
+
+
+def _array(name: str, value: Any) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError as err:
+        raise InputError(f"{name}: rows differ in length; pad them, and give an attention_mask") from err

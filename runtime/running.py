@@ -87,10 +87,15 @@ def _texts(text: str | None) -> Iterator[str]:
 
 def _arrays(path: Path | None) -> dict[str, Any]:
     try:
-        with np.load(str(path), allow_pickle=False) as archive:
+        archive = np.load(str(path), allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("one array without a name")
+        with archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError) as err:
-        raise InputError(f"{path}: expected an .npz of the encoder's inputs by name: {err}") from err
+    except OSError as err:
+        raise InputError(f"{path}: cannot be read: {err.strerror or err}") from err
+    except (ValueError, EOFError) as err:  # numpy's own text recommends pickle
+        raise InputError(f"{path}: expected an .npz archive of the encoder's inputs by name") from err
 
 
 def _run_arrays(model: Model, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Result:

@@ -102,10 +102,20 @@ class RowDecoder:
 
         ``mask`` [R,P] marks left padding, which takes no place in the cache.
         """
+        ids = self._checked(ids)
+        if self._longest:
+            raise UsageError(
+                "this decoder has begun already: prefill once, then step() or feed(); open another for another prompt"
+            )
         if mask is None:
             last: Floats = self.feed(ids)[:, -1]
             return last
-        lengths = mask.sum(1)
+        mask = np.asarray(mask)
+        if mask.shape != ids.shape or (np.diff(mask != 0, axis=1) & (mask[:, 1:] == 0)).any() or not mask[:, -1].all():
+            raise InputError(
+                f"mask: expected {list(ids.shape)}, 0 on the left where padding is, and a last token in every row"
+            )
+        lengths = (mask != 0).sum(1)
         width = ids.shape[1]
         # Rows start at position 0: what was padding on the left is now free space on the right, overwritten by later steps.
         source = np.minimum(np.arange(width) + (width - lengths)[:, None], width - 1)
@@ -120,6 +130,8 @@ class RowDecoder:
         if self._longest == self._capacity or self._step is None:
             self._reserve(self._longest + 1)
             self._step = self._bind(self._ids, self._logits)
+        if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != self._position.shape:
+            ids = self._checked(np.asarray(ids)[..., None])[:, 0]
         self._ids[:, 0] = ids
         if not self._runner.on_host:
             return self.feed(self._ids)[:, 0]
@@ -130,9 +142,8 @@ class RowDecoder:
 
     def feed(self, ids: Ids) -> Floats:
         """Any number of tokens per row, int64 [R,Q]; logits [R,Q,V]."""
+        ids = self._checked(ids)
         rows, queries = ids.shape
-        if rows != len(self._position):
-            raise InputError(f"this decoder has {len(self._position)} rows, got tokens of {rows}")
         self._reserve(self._longest + queries)
         logits = np.empty((rows, queries, self._vocabulary), np.float32)
         bound = self._runner.tensor(logits)
@@ -143,6 +154,10 @@ class RowDecoder:
 
     def reorder(self, rows: Ids) -> None:
         """Row i goes on as what row ``rows[i]`` was; only rows that change are copied, and only their filled part."""
+        rows = np.asarray(rows)
+        count = len(self._position)
+        if rows.shape != (count,) or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= count:
+            raise InputError(f"rows: expected {count} numbers from 0 to {count - 1}, got {rows.tolist()}")
         changed = np.flatnonzero(rows != np.arange(len(rows)))
         if not len(changed):
             return
@@ -152,6 +167,17 @@ class RowDecoder:
             if not self._runner.on_host:
                 self._buffers[name] = self._runner.tensor(array, self._cache.dtype)
         self._position[changed] = self._position[rows[changed]]
+
+    def _checked(self, ids: Any) -> Ids:
+        """Tokens int64 [R,Q], or InputError."""
+        tokens = np.asarray(ids)
+        fits = tokens.dtype.kind in "iu" and tokens.ndim == 2 and len(tokens) == len(self._position) and tokens.size
+        if not fits or tokens.min() < 0 or tokens.max() >= self._vocabulary:
+            raise InputError(
+                f"tokens: expected int64 [{len(self._position)},Q] from 0 to {self._vocabulary - 1}, "
+                f"got {tokens.dtype} {list(tokens.shape)}" + (f" up to {tokens.max()}" if fits else "")
+            )
+        return np.ascontiguousarray(tokens, np.int64)
 
     def cached(self, name: str) -> Array:
         """A self-cache buffer's filled part, [R,H,filled,D]; for parity, not for the loop."""

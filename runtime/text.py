@@ -151,6 +151,11 @@ class TextFrontend(TextDecoder):
             for index, text in enumerate(texts)
             if not isinstance(text, str)
         ]
+        problems += [
+            f"text {index}: expected text that UTF-8 can write, found lone surrogates (undecodable bytes?)"
+            for index, text in enumerate(texts)
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text)
+        ]
         if not texts:
             problems.append("expected at least one text, found none")
         if problems:
