@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import WhisperForConditionalGeneration
+from transformers import GenerationMixin, WhisperForConditionalGeneration
 
 from tests import whisper_tiny
 from txopt.runtime.artifact import Artifact
@@ -75,14 +75,25 @@ def test_it_is_verified(artifact: Artifact) -> None:
 
 
 @pytest.mark.parametrize("clip", clips(), ids=lambda clip: clip.stem)
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_ids_are_those_of_transformers(clip: Path, num_beams: int, model: Model, pytorch: Any) -> None:
+def test_ids_are_those_of_transformers(clip: Path, model: Model, pytorch: Any) -> None:
     feeds, options = model.pipeline("audio").prepare([clip])
-    got = model.generate(**feeds, **options, num_beams=num_beams).sequences[0]
+    got = model.generate(**feeds, **options).sequences[0]
     assert got[:2].tolist() == PROMPT
     with torch.no_grad():
-        expected = pytorch.generate(torch.from_numpy(feeds["input_features"]), num_beams=num_beams, do_sample=False)
+        expected = pytorch.generate(torch.from_numpy(feeds["input_features"]), num_beams=1, do_sample=False)
     assert spoken(got, model) == spoken(expected[0], model)
+
+
+@pytest.mark.parametrize("clip", clips(), ids=lambda clip: clip.stem)
+def test_beams_are_those_of_the_shared_loop(clip: Path, model: Model, pytorch: Any) -> None:
+    """Whisper's own generate() searches in another way and may find another beam; txopt repeats the loop of all families."""
+    feeds, _ = model.pipeline("audio").prepare([clip])
+    tensors = {"input_features": feeds["input_features"], "decoder_input_ids": feeds["decoder_input_ids"]}
+    with torch.no_grad():
+        expected = GenerationMixin.generate(
+            pytorch, **{name: torch.from_numpy(value) for name, value in tensors.items()}, num_beams=3, do_sample=False
+        )
+    np.testing.assert_array_equal(model.generate(**feeds, num_beams=3).sequences, expected.numpy())
 
 
 def test_clips_in_one_batch_say_what_they_say_alone(model: Model) -> None:
