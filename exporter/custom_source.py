@@ -40,20 +40,15 @@ class CustomSource:
         _check(module)
         self.module: Any = module.eval().requires_grad_(False)
         self.traced: Any = module
-        tokens = torch.full((1, 1), int(module.special_ids["decoder_start_token_id"]))
-        ids = torch.full((1, 2), int(module.special_ids["eos_token_id"]))
-        with torch.no_grad():
-            memory = module.encode(ids, torch.ones_like(ids))
-            vocabulary = module.decode(tokens, memory, FullSequence(tokens, torch.ones_like(ids))).shape[-1]
-        self._width = memory.shape[-1]
         limit = getattr(module, "max_length", None)
+        self._width, vocabulary = _tried(module, limit)
         self.facts = Facts(
             kind="encoder-decoder",
             task="text-to-text",
             family="custom",
             inputs=TEXT,
             generation={**module.special_ids, **({} if limit is None else {"max_length": limit})},
-            vocabulary=int(vocabulary),
+            vocabulary=vocabulary,
             source_vocabulary=_source_vocabulary(module),
             limit=limit,
             source_limit=getattr(module, "max_source_length", limit),
@@ -107,6 +102,35 @@ class CustomSource:
         return Generated(ids)
 
 
+def _tried(module: Any, limit: int | None) -> tuple[int, int]:
+    """(memory width, vocabulary) from one real call, as long as the module says a target may be.
+
+    Errors:
+        SourceError: the module fails, or gives something else than memory [B,T,M] and logits [R,Q,V].
+    """
+    special = module.special_ids
+    tokens = torch.full((1, limit or 2), int(special["decoder_start_token_id"]))
+    ids = torch.full((1, 2), int(special["eos_token_id"]))
+    try:
+        with torch.no_grad():
+            memory = module.encode(ids, torch.ones_like(ids))
+            logits = module.decode(tokens, memory, FullSequence(tokens, torch.ones_like(ids)))
+    except Exception as err:  # whatever a stranger's code raises
+        raise SourceError(
+            f"a trial call failed (source of 2 eos ids, {tokens.shape[1]} start ids to decode): {type(err).__name__}: {err}; "
+            "encode(input_ids, attention_mask) and decode(tokens, memory, cache) must take them, up to max_length tokens"
+        ) from err
+    for name, value, axes in (("encode", memory, "[1,2,M]"), ("decode", logits, f"[1,{tokens.shape[1]},V]")):
+        if (
+            not isinstance(value, Tensor)
+            or value.dim() != 3
+            or value.shape[:2] != (1, 2 if name == "encode" else tokens.shape[1])
+        ):
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise SourceError(f"{name}() must return a tensor {axes}, got {found}")
+    return int(memory.shape[-1]), int(logits.shape[-1])
+
+
 def _check(module: Any) -> None:
     problems = []
     if not isinstance(module, nn.Module):
@@ -117,6 +141,9 @@ def _check(module: Any) -> None:
         problems.append("no special_ids: a mapping with " + ", ".join(_SPECIAL_IDS))
     else:
         problems += [f"special_ids has no {name}" for name in _SPECIAL_IDS if name not in special]
+    limit = getattr(module, "max_length", None)
+    if limit is not None and (not isinstance(limit, int) or limit < 2):
+        problems.append(f"max_length must be a number of at least 2, or absent, got {limit!r}")
     if problems:
         raise SourceError(explain("this is no custom encoder-decoder (see docs/custom.md):", problems))
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.source import KV, Input, Source
-from txopt.runtime.errors import SourceError
+from txopt.runtime.errors import SourceError, TxoptError
 from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
 
 # Example sizes of the trace: all different, none 0 or 1, which torch.export would freeze.
@@ -210,18 +210,27 @@ def _dynamic(specs: Sequence[TensorSpec]) -> tuple[dict[int, object], ...]:
 
 
 def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object, ...], spec: GraphSpec) -> ir.Model:
-    program = torch.onnx.export(
-        module.eval(),
-        arguments,
-        dynamo=True,
-        opset_version=OPSET,
-        dynamic_shapes=dims,
-        custom_translation_table=TRANSLATIONS,
-        input_names=[item.name for item in spec.inputs],
-        output_names=[item.name for item in spec.outputs],
-        optimize=False,
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            module.eval(),
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dims,
+            custom_translation_table=TRANSLATIONS,
+            input_names=[item.name for item in spec.inputs],
+            output_names=[item.name for item in spec.outputs],
+            optimize=False,
+            verbose=False,
+        )
+    except TxoptError:
+        raise
+    except Exception as err:  # torch raises a dozen kinds, with pages of text
+        reason = str(err.__cause__ or err).strip().split("\n")[0]
+        raise SourceError(
+            f"torch cannot trace this model to {spec.file}: {reason}; control flow on the values of tensors is the usual cause "
+            "(docs/custom.md)"
+        ) from err
     if program is None:
         raise SourceError("torch.onnx.export returned nothing")
     model = clean(program.model)
