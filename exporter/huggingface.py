@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from txopt.exporter.attention import routed
@@ -133,6 +134,7 @@ class HuggingFaceSource:
         out = self.module(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded[0]),
             decoder_input_ids=tokens,
+            past_key_values=_growing_cache(),
             use_cache=True,
             **arguments,
         )
@@ -148,8 +150,15 @@ class HuggingFaceSource:
     def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Generated | None:
         # The mixin's own, which all families share: Whisper's override adds long form and cuts the prompt away.
         asked = {**options, "return_dict_in_generate": True, "output_scores": True}
+        if self.facts.kind == "encoder-decoder":
+            asked["past_key_values"] = _growing_cache()
         result: Any = GenerationMixin.generate(self.module, **inputs, **asked)
         return Generated(result.sequences, getattr(result, "sequences_scores", None))
+
+
+def _growing_cache() -> EncoderDecoderCache:
+    """A cache that grows with the layers that write to it; transformers' own has as many as the *encoder*, which fails with more."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
 def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> HuggingFaceSource:

@@ -60,6 +60,10 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "t5-gated": lambda: t.T5ForConditionalGeneration(
         t.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     ),
+    # Sizes that agree with nothing else: more decoder than encoder layers, heads that do not divide the width.
+    "t5-uneven": lambda: t.T5ForConditionalGeneration(
+        t.T5Config(**{**_T5, "d_model": 48, "d_kv": 24, "num_heads": 5, "num_layers": 1, "num_decoder_layers": 3})
+    ),
     "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "mbart": lambda: t.MBartForConditionalGeneration(t.MBartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "marian": lambda: t.MarianMTModel(
