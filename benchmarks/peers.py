@@ -44,7 +44,7 @@ class TorchEager:
         import torch
 
         from txopt.exporter.checkpoint import load
-        from txopt.exporter.trace import DTYPES
+        from txopt.exporter.precision import DTYPES
 
         if threads is not None:
             torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ Owns the decision which door a source takes and what the manifest says of where 
 huggingface.py's work, the custom protocol custom_source.py's.
 """
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -41,7 +42,9 @@ def load(source: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) ->
     from txopt.exporter.custom_source import CustomSource
 
     if not isinstance(source, (str, Path)):
-        return _custom(CustomSource(_cast(source, dtype)), type(source).__qualname__, None)
+        written_in = getattr(sys.modules.get(type(source).__module__), "__file__", None)
+        file = Path(written_in) if written_in else None
+        return _custom(CustomSource(_cast(source, dtype)), type(source).__qualname__, file)
     directory = Path(source)
     if directory.is_dir():
         return _checkpoint(directory, str(directory.name), dtype, trust_remote_code)
@@ -100,7 +103,10 @@ def _call_factory(text: str) -> tuple[Any, Path | None]:
 
 
 def _cast(module: Any, dtype: torch.dtype) -> Any:
-    return module.to(dtype) if isinstance(module, torch.nn.Module) and dtype != torch.float32 else module
+    """The module in ``dtype``, or a copy: a module that a caller goes on using stays as it is."""
+    state = module.state_dict().values() if isinstance(module, torch.nn.Module) else ()
+    floats = [value for value in state if value.is_floating_point()]
+    return module if all(value.dtype == dtype for value in floats) else copy.deepcopy(module).to(dtype)
 
 
 def _cached(hub_id: str) -> Path:

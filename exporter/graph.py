@@ -59,6 +59,16 @@ def count(model: ir.Model) -> dict[str, int]:
     return dict(sorted(Counter(names).items()))
 
 
+def integers(graph: ir.Graph, numbers: Sequence[int]) -> ir.Value:
+    """The int64 constant ``numbers`` [len(numbers)] as an initializer of ``graph``, made once."""
+    name = "integers/" + "_".join(map(str, numbers))
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+        shape, dtype = ir.Shape([len(numbers)]), ir.TensorType(ir.DataType.INT64)
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=dtype, const_value=tensor)
+    return graph.initializers[name]
+
+
 def transpose_weights(model: ir.Model) -> None:
     """``Linear`` arrives as Transpose(weight) -> MatMul: stores the weight transposed, unless something else reads it as it is.
 

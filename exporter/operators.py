@@ -91,9 +91,9 @@ def _to_cross_attention(q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | 
     )  # [R,Q,H,D]: rows of one source are adjacent, so folding is a reshape
     heads_size = _op.Shape(q, start=1, end=2), _op.Shape(q, start=3, end=4)
     shape = _op.Concat(_op.Shape(k, start=0, end=1), _ints(-1), *heads_size, axis=0)
-    folded = _op.Transpose(_op.Reshape(by_token, shape), perm=[0, 2, 1, 3])
+    folded = _op.Transpose(_op.Reshape(by_token, shape, allowzero=1), perm=[0, 2, 1, 3])
     out = _op.Transpose(_to_attention(folded, k, v, mask, scale), perm=[0, 2, 1, 3])
-    return _op.Transpose(_op.Reshape(out, _op.Shape(by_token)), perm=[0, 2, 1, 3])
+    return _op.Transpose(_op.Reshape(out, _op.Shape(by_token), allowzero=1), perm=[0, 2, 1, 3])
 
 
 def _to_fold_mask(source: ir.Value, tokens: ir.Value) -> ir.Value:

@@ -11,15 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from txopt import __version__
 from txopt.exporter import checkpoint, fusion, graph, reference, weights
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import collect, collect_files
 from txopt.exporter.lowering import LOWERINGS
-from txopt.exporter.source import Source
-from txopt.exporter.trace import DTYPES, Trace, trace
+from txopt.exporter.precision import DTYPES, computed_in, islands, widen
+from txopt.exporter.trace import Trace, trace
 from txopt.runtime import cases as reference_cases
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import UsageError, explain
@@ -67,20 +65,23 @@ def export(
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         report("load")
         opened = checkpoint.load(source, DTYPES[precision], trust_remote_code=trust_remote_code)
+        computed, wide = computed_in(precision, target), islands(opened.source)
+        if computed != DTYPES[precision]:
+            widen(opened.source)
         report("record")
         cases = reference.record(opened.source)
         report("trace")
-        traced = trace(opened.source, DTYPES[precision])
+        traced = trace(opened.source, computed)
         report("fuse")
         fused = {name: _fuse(model) for name, model in traced.graphs.items()}
         report("lower")
         for model in traced.graphs.values():
-            LOWERINGS[target](model)
-        traced = traced.retyped()
+            LOWERINGS[target](model, precision)
         report("write")
         weights.write(traced.graphs, writer.directory)
         reference_cases.save(cases, writer.directory)
-        manifest = _manifest(opened, traced, fused, writer.directory, target=target, precision=precision)
+        origin = {**opened.origin, "fp32_islands": wide if precision != "fp32" else []}
+        manifest = _manifest(opened, traced, fused, writer.directory, origin=origin, target=target, precision=precision)
         report("verify")
         skipped = reference.skipped(opened.source.facts)
         parity = replay(writer.draft(manifest), reference_cases.load(writer.directory), skipped=skipped).require()
@@ -109,7 +110,14 @@ def _fuse(model: Any) -> dict[str, Any]:
 
 
 def _manifest(
-    opened: Checkpoint, traced: Trace, fused: dict[str, Any], directory: Path, *, target: str, precision: str
+    opened: Checkpoint,
+    traced: Trace,
+    fused: dict[str, Any],
+    directory: Path,
+    *,
+    origin: dict[str, Any],
+    target: str,
+    precision: str,
 ) -> Manifest:
     facts = opened.source.facts
     return Manifest(
@@ -118,7 +126,7 @@ def _manifest(
         family=facts.family,
         precision=precision,
         target=target,
-        source={**opened.origin, "fp32_islands": _islands(opened.source) if precision != "fp32" else []},
+        source=origin,
         versions={"txopt": __version__, **{name: version(name) for name in _VERSIONS}},
         graphs=traced.specs,
         cache=traced.cache,
@@ -128,12 +136,6 @@ def _manifest(
         calibration=None,
         parity={},
     )
-
-
-def _islands(source: Source) -> list[str]:
-    """Modules whose weights stay float32 in a narrower model (T5's wo), as transformers keeps them."""
-    wide = {name.rpartition(".")[0] for name, value in source.module.named_parameters() if value.dtype == torch.float32}
-    return sorted(wide)
 
 
 def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:

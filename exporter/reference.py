@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from txopt.exporter.precision import in_float32
 from txopt.exporter.source import Facts, Forward, Source
 from txopt.runtime.cases import Case, draw_floats, lengths, log_sum_exp, sample
 from txopt.runtime.session import FIRST_BUCKET
@@ -28,9 +29,13 @@ _TEXT_CASES = (
 
 
 def record(source: Source) -> list[Case]:
-    """The cases of one source, in the order in which parity replays them."""
+    """The cases of one source, in the order in which parity replays them.
+
+    Computed in float32 from the weights as they are, float16 and bfloat16 included: a reference that rounds as much as what it is
+    held against would double the error, and refuse artifacts that are nearer to the truth than itself.
+    """
     generator = np.random.default_rng(SEED)
-    with torch.no_grad():
+    with torch.no_grad(), in_float32(source):
         return [_record(source, name, rows, schedule, generator) for name, rows, schedule in _cases(source.facts)]
 
 
@@ -67,18 +72,20 @@ def _record(
 ) -> Case:
     facts = source.facts
     inputs = _inputs(source, rows, generator)
-    tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
+    tensors = {
+        key: torch.from_numpy(value) for key, value in inputs.items()
+    }  # floats are float32, as the weights are now
     if facts.kind == "encoder":
-        outputs = {key: value.float().numpy() for key, value in source.outputs(_cast(tensors, source)).items()}
+        outputs = {key: value.numpy() for key, value in source.outputs(tensors).items()}
         counts = lengths(inputs, 0)
         expected = {key: _tagged(sample(key, value, counts), key, counts) for key, value in outputs.items()}
         return Case(name=name, inputs=inputs, tokens=np.zeros((len(rows), 0), np.int64), expected=expected)
     tokens = _ids(facts, facts.vocabulary, (len(rows), sum(schedule)), generator)
-    forward = source.forward(_cast(tensors, source), torch.from_numpy(tokens))
+    forward = source.forward(tensors, torch.from_numpy(tokens))
     case = Case(name=name, inputs=inputs, tokens=tokens, schedule=schedule, expected=_expected(forward, inputs))
     if name == "past-the-first-bucket":
         return case
-    return _with_generated(source, case, _cast(tensors, source))
+    return _with_generated(source, case, tensors)
 
 
 def _expected(forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,12 +93,12 @@ def _expected(forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
     counts = lengths(inputs, forward.memory.shape[1] if forward.memory is not None else 0)
     expected = {"logits": sample("logits", logits, counts), "log_sum_exp": log_sum_exp(logits)}
     if forward.memory is not None:
-        expected["memory"] = sample("memory", forward.memory.float().numpy(), counts)
+        expected["memory"] = sample("memory", forward.memory.numpy(), counts)
     for kind, pairs in (("self", forward.self_kv), ("cross", forward.cross_kv)):
         for layer, pair in enumerate(pairs):
             for part, value in zip(("key", "value"), pair, strict=True):
                 name = f"{kind}_{part}.{layer}"
-                expected[name] = sample(name, value.float().numpy(), counts)
+                expected[name] = sample(name, value.numpy(), counts)
     return expected
 
 
@@ -177,9 +184,3 @@ def _ids(facts: Facts, vocabulary: int, shape: tuple[int, ...], generator: np.ra
     special = {value for key, value in facts.generation.items() if key.endswith("token_id") and isinstance(value, int)}
     ordinary = np.setdiff1d(np.arange(vocabulary), sorted(special))
     return generator.choice(ordinary, shape).astype(np.int64)
-
-
-def _cast(tensors: Mapping[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """Float inputs in the dtype that the model computes in."""
-    dtype = next(source.module.parameters()).dtype
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}

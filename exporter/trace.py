@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -26,7 +26,6 @@ from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
 # Example sizes of the trace: all different, none 0 or 1, which torch.export would freeze.
 EXAMPLE = {"B": 2, "R": 6, "Q": 3, "S": 11, "T": 7}
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int64: "int64"}
 
 
@@ -37,30 +36,6 @@ class Trace:
     graphs: dict[str, ir.Model]
     specs: dict[str, GraphSpec]
     cache: CacheSpec | None
-
-    def retyped(self) -> "Trace":
-        """The same after a lowering that changed dtypes: the manifest says what the graphs now say."""
-        specs = {name: _retyped(spec, self.graphs[name]) for name, spec in self.specs.items()}
-        if self.cache is None:
-            return replace(self, specs=specs)
-        dtype = next(item.dtype for item in specs["decoder"].inputs if item.name == "self_key.0")
-        return replace(self, specs=specs, cache=replace(self.cache, dtype=dtype))
-
-
-def _retyped(spec: GraphSpec, model: ir.Model) -> GraphSpec:
-    names = {
-        ir.DataType.FLOAT: "float32",
-        ir.DataType.FLOAT16: "float16",
-        ir.DataType.BFLOAT16: "bfloat16",
-        ir.DataType.INT64: "int64",
-    }
-    dtypes = {
-        value.name: names[value.dtype]
-        for value in (*model.graph.inputs, *model.graph.outputs)
-        if value.dtype is not None
-    }
-    inputs = tuple(replace(item, dtype=dtypes[item.name]) for item in spec.inputs)
-    return replace(spec, inputs=inputs, outputs=tuple(replace(item, dtype=dtypes[item.name]) for item in spec.outputs))
 
 
 class _Finite(TorchFunctionMode):

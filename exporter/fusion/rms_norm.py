@@ -7,11 +7,21 @@ Refused, with the node's name: an exponent other than 2, another axis, an epsilo
 that something else reads.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from txopt.exporter.fusion.algebra import only_user, scalar
+from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import Report
+
+
+@dataclass(frozen=True)
+class _Norm:
+    x: ir.Value
+    weight: ir.Value
+    epsilon: float
+    last: ir.Node
 
 
 def fuse(model: ir.Model) -> Report:
@@ -22,93 +32,64 @@ def fuse(model: ir.Model) -> Report:
         if isinstance(match, str):
             report.refused.append(f"{power.name}: {match}")
         elif match is not None:
-            _rewrite(model.graph, *match)
+            _rewrite(model.graph, match)
             report.fused += 1
     return report
 
 
-def _match(power: ir.Node) -> tuple[ir.Value, ir.Value, float, ir.Node, list[ir.Node]] | str | None:
-    """(input, weight, epsilon, last node, all nodes), a reason of refusal, or None where this is no norm at all."""
-    mean = _only_user(power, "ReduceMean")
-    if mean is None:
+def _match(power: ir.Node) -> _Norm | str | None:
+    """The norm, a reason of refusal, or None where this is no norm at all."""
+    x = power.inputs[0]
+    mean = only_user(power.outputs[0], "ReduceMean")
+    if x is None or mean is None:
         return None
-    if _scalar(power.inputs[1]) != 2:
-        return f"the exponent is {_scalar(power.inputs[1])}, not 2"
+    if scalar(power.inputs[1]) != 2:
+        return f"the exponent is {scalar(power.inputs[1])}, not 2"
     axes = _ints(mean.inputs[1]) if len(mean.inputs) > 1 else None
     if axes != [-1]:
         return f"the mean is over axes {axes}, not [-1]"
-    add = _only_user(mean, "Add")
-    root = add and _only_user(add, "Sqrt")
-    inverse = root and _only_user(root, "Reciprocal")
-    scaled = inverse and _only_user(inverse, "Mul")
-    if add is None or root is None or inverse is None or scaled is None:
+    add = only_user(mean.outputs[0], "Add")
+    root = add and only_user(add.outputs[0], "Sqrt")
+    inverse = root and only_user(root.outputs[0], "Reciprocal")
+    last = inverse and only_user(inverse.outputs[0], "Mul")
+    if add is None or last is None:
         return "the mean of squares is not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"
-    epsilon = next((value for value in map(_scalar, add.inputs) if value is not None), None)
+    epsilon = next((value for value in map(scalar, add.inputs) if value is not None), None)
     if epsilon is None:
         return "epsilon is not a constant"
-    chain = [power, mean, add, root, inverse, scaled]
-    x = power.inputs[0]
-    if x not in scaled.inputs:
+    if x not in last.inputs:
         return "the value that is squared is not the one that is scaled"
-    if x is not None and (widened := x.producer()) is not None and widened.op_type == "Cast":
-        chain.insert(0, widened)
-        x = widened.inputs[0]
-    last = scaled
-    if (narrowed := _only_user(last, "Cast")) is not None:
-        chain.append(narrowed)
-        last = narrowed
-    weighted = _only_user(last, "Mul")
-    weight = (
-        next((value for value in weighted.inputs if value is not None and value.const_value is not None), None)
-        if weighted
-        else None
-    )
-    if weighted is None or weight is None or weight.shape is None or len(weight.shape) != 1:
+    last = only_user(last.outputs[0], "Cast") or last
+    weighted = only_user(last.outputs[0], "Mul")
+    weight = next((value for value in weighted.inputs if _is_vector(value)), None) if weighted is not None else None
+    if weighted is None or weight is None:
         return "no weight vector is multiplied at the end"
-    return x, weight, float(epsilon), weighted, [*chain, weighted]  # type: ignore[return-value]
+    return _Norm(_before_widening(x), weight, epsilon, weighted)
 
 
-def _rewrite(
-    graph: ir.Graph, x: ir.Value, weight: ir.Value, epsilon: float, last: ir.Node, chain: list[ir.Node]
-) -> None:
-    attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
-    scope = last.name.rpartition("/")[0] if last.name else ""
+def _before_widening(x: ir.Value) -> ir.Value:
+    cast = x.producer()
+    if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
+        return x
+    return cast.inputs[0] if cast.attributes["to"].as_int() == ir.DataType.FLOAT else x
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and len(value.const_value.shape) == 1
+
+
+def _rewrite(graph: ir.Graph, norm: _Norm) -> None:
+    attributes = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
+    scope = norm.last.name.rpartition("/")[0] if norm.last.name else ""
     name = f"{scope}/RMSNormalization".lstrip("/")
-    if x.dtype == weight.dtype:
-        norm = ir.node("RMSNormalization", [x, weight], attributes=attributes, name=name)
-        nodes = [norm]
-    else:  # the standard allows it, its own function body and ONNX Runtime do not: widen the weight, narrow the result
-        wide = ir.node("Cast", [weight], attributes={"to": x.dtype}, name=f"{name}/weight")
-        norm = ir.node("RMSNormalization", [x, wide.outputs[0]], attributes=attributes, name=name)
-        nodes = [
-            wide,
-            norm,
-            ir.node("Cast", norm.outputs, attributes={"to": last.outputs[0].dtype}, name=f"{name}/result"),
-        ]
-    old, new = last.outputs[0], nodes[-1].outputs[0]
-    new.name, new.shape, new.type = old.name, old.shape, old.type
-    graph.insert_after(last, nodes)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    for node in reversed(chain):
-        if not any(output.uses() for output in node.outputs):  # a widening Cast may feed others
-            graph.remove(node, safe=True)
-
-
-def _only_user(node: ir.Node, op_type: str) -> ir.Node | None:
-    users = list(_users(node))
-    return (
-        users[0] if len(users) == 1 and users[0].op_type == op_type and not node.outputs[0].is_graph_output() else None
-    )
-
-
-def _users(node: ir.Node) -> Iterator[ir.Node]:
-    yield from (user for user, _ in node.outputs[0].uses())
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    if value is None or value.const_value is None or value.const_value.size != 1:
-        return None
-    return float(value.const_value.numpy().reshape(()))
+    if norm.x.dtype == norm.weight.dtype:
+        replace(graph, norm.last, ir.node("RMSNormalization", [norm.x, norm.weight], attributes=attributes, name=name))
+        return
+    # The standard allows two dtypes, its own function body and ONNX Runtime do not: widen the weight, narrow the result.
+    wide = ir.node("Cast", [norm.weight], attributes={"to": norm.x.dtype}, name=f"{name}/weight")
+    inner = ir.node("RMSNormalization", [norm.x, wide.outputs[0]], attributes=attributes, name=name)
+    narrow = ir.node("Cast", inner.outputs, attributes={"to": norm.last.outputs[0].dtype}, name=f"{name}/result")
+    replace(graph, norm.last, wide, inner, narrow)
 
 
 def _ints(value: ir.Value | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""From neutral graphs to what one engine runs best: the last step, a function for every target."""
+"""From neutral graphs to what one engine runs best: the last step, a function of graph and precision for every target."""
 
 from collections.abc import Callable
 
@@ -6,4 +6,4 @@ import onnx_ir as ir
 
 from txopt.exporter.lowering import ort
 
-LOWERINGS: dict[str, Callable[[ir.Model], None]] = {"cpu": ort.lower_for_cpu, "cuda": ort.lower}
+LOWERINGS: dict[str, Callable[[ir.Model, str], None]] = {"cpu": ort.lower_for_cpu, "cuda": ort.lower}

@@ -1,42 +1,40 @@
 """What ONNX Runtime (1.30 to 1.32) needs that the ONNX standard does not ask for. The graphs stay standard ONNX."""
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from txopt.exporter.graph import integers
 
-def lower(model: ir.Model) -> None:
+
+def lower(model: ir.Model, precision: str) -> None:
     """Changes ``model`` in place."""
     _widen_masks(model)
 
 
-def lower_for_cpu(model: ir.Model) -> None:
-    """``lower``, and float32 arithmetic on bfloat16 weights: the CPU provider has no bfloat16 kernels."""
-    lower(model)
-    _widen_bfloat16(model)
+def lower_for_cpu(model: ir.Model, precision: str) -> None:
+    """``lower``, and bfloat16 weights under float32 arithmetic, for the CPU provider has no bfloat16 kernels."""
+    lower(model, precision)
+    if precision == "bf16":
+        _store_as_bfloat16(model.graph)
 
 
-def _widen_bfloat16(model: ir.Model) -> None:
-    """Weights stay bfloat16 in the file and are widened when they are loaded; everything computed from them is float32."""
-    graph = model.graph
-    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-    for value in [value for value in graph.initializers.values() if value.dtype == narrow]:
-        uses = list(value.uses())
-        cast = ir.node("Cast", [value], attributes={"to": wide}, name=f"{value.name}/widened")
-        cast.outputs[0].type = ir.TensorType(wide)
+def _store_as_bfloat16(graph: ir.Graph) -> None:
+    """Float32 weights that lose nothing by it go into the file as bfloat16 and are widened when they are loaded."""
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 2:
+            continue
+        narrow = tensor.numpy().astype(ml_dtypes.bfloat16)
+        if not np.array_equal(narrow.astype(np.float32), tensor.numpy(), equal_nan=True):
+            continue  # kept wide on purpose, or computed by the trace
+        value.const_value = ir.Tensor(narrow, name=value.name)
+        uses, value.type = list(value.uses()), ir.TensorType(ir.DataType.BFLOAT16)
+        cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{value.name}/widened")
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
         graph.insert_before(next(iter(graph)), cast)
         for user, index in uses:
             user.replace_input_with(index, cast.outputs[0])
-    for node in graph:
-        to = node.attributes.get("to")
-        if node.op_type == "Cast" and to is not None and to.as_int() == narrow:
-            node.attributes["to"] = ir.AttrInt64("to", wide)
-        constant = node.attributes.get("value")
-        if node.op_type == "Constant" and constant is not None and constant.as_tensor().dtype == narrow:
-            numbers = constant.as_tensor().numpy().astype(np.float32)
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(numbers))
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        if value.dtype == narrow:
-            value.type = ir.TensorType(wide)
 
 
 def _widen_masks(model: ir.Model) -> None:
@@ -57,18 +55,9 @@ def _widen_masks(model: ir.Model) -> None:
 
 
 def _expanded(graph: ir.Graph, before: ir.Node, query: ir.Value, mask: ir.Value) -> ir.Value:
-    one = _constant(graph, "lowering/one", [1])
+    one = integers(graph, [1])
     length = ir.node("Shape", [query], attributes={"start": 2, "end": 3}, name=f"{before.name}/query_length")
     shape = ir.node("Concat", [length.outputs[0], one], attributes={"axis": 0}, name=f"{before.name}/mask_shape")
     expand = ir.node("Expand", [mask, shape.outputs[0]], name=f"{before.name}/mask")
     graph.insert_before(before, [length, shape, expand])
     return expand.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, numbers: list[int]) -> ir.Value:
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        graph.initializers[name] = ir.Value(
-            name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-        )
-    return graph.initializers[name]

@@ -201,3 +201,9 @@ def test_tokenizers_that_are_not_there_are_named(tmp_path: Path) -> None:
     module.tokenizers = {"source": "nowhere.json"}  # type: ignore[assignment]
     with pytest.raises(SourceError, match=r"nowhere\.json"):
         export(module, tmp_path / "out")
+
+
+def test_a_module_in_half_precision_is_exported_in_the_precision_asked_for(tmp_path: Path) -> None:
+    artifact = export(factory().half(), tmp_path / "out")
+    assert artifact.manifest.precision == "fp32"
+    assert artifact.manifest.parity["passed"]

@@ -1,0 +1,59 @@
+"""Shape arithmetic that says one thing twice: equal ``Shape`` nodes become one, a ``Reshape`` of a ``Reshape`` only the second.
+
+Two ``Shape`` nodes are equal where the axes they read have equal names, which the trace gives to equal lengths only. Refused, with
+the node's name: a second ``Reshape`` whose zeros copy lengths of the first (``allowzero`` 0 and a shape that may hold zeros).
+"""
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from txopt.exporter.fusion.report import Report
+
+
+def fuse(model: ir.Model) -> Report:
+    """Rewrites ``model`` and reports the reshapes it saved."""
+    report = Report("Reshape")
+    _share_shapes(model.graph)
+    passes.CommonSubexpressionEliminationPass()(model)  # the Concats over shapes that are one now
+    for node in [node for node in model.graph if node.op_type == "Reshape"]:
+        inner = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if inner is None or inner.op_type != "Reshape":
+            continue
+        if _may_copy_lengths(node):
+            report.refused.append(f"{node.name}: its shape may copy lengths of {inner.name}")
+            continue
+        node.replace_input_with(0, inner.inputs[0])
+        report.fused += 1
+    passes.RemoveUnusedNodesPass()(model)
+    return report
+
+
+def _share_shapes(graph: ir.Graph) -> None:
+    first: dict[tuple[str, ...], ir.Value] = {}
+    for node in [node for node in graph if node.op_type == "Shape"]:
+        axes = _axes(node)
+        if axes is None:
+            continue
+        kept = first.setdefault(axes, node.outputs[0])
+        if kept is not node.outputs[0]:
+            node.outputs[0].replace_all_uses_with(kept, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+
+
+def _axes(node: ir.Node) -> tuple[str, ...] | None:
+    """The names and numbers of the axes that a ``Shape`` node reads; None where one is unknown."""
+    value = node.inputs[0]
+    if value is None or value.shape is None:
+        return None
+    start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
+    dims = list(value.shape)[start:end]
+    if any(isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in dims):
+        return None
+    return tuple(str(dim if isinstance(dim, int) else dim.value) for dim in dims)
+
+
+def _may_copy_lengths(node: ir.Node) -> bool:
+    if "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1:
+        return False
+    shape = node.inputs[1]
+    return shape is None or shape.const_value is None or 0 in shape.const_value.numpy()
