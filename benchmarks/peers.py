@@ -52,7 +52,9 @@ class TorchEager:
         self._source = load(source, DTYPES[precision]).source
 
     def generate(self, inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:
+        dtype = next(self._source.module.parameters()).dtype
         tensors = {name: self._torch.from_numpy(value) for name, value in inputs.items()}
+        tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
         with self._torch.no_grad():
             options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "num_beams": 1, "do_sample": False}
             found = self._source.generate(tensors, **options)

@@ -195,7 +195,9 @@ def _prepare(module: PreTrainedModel, family: Family) -> Any:
     traced = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     if family.positions is not None:
         table = traced.get_submodule(family.positions.path)
-        traced.set_submodule(family.positions.path, RowPositions(table.weight, family.positions.offset))
+        offset = table.padding_idx + 1 if family.positions.after_padding else family.positions.offset
+        weight = getattr(table, family.positions.weight)
+        traced.set_submodule(family.positions.path, RowPositions(weight, offset))
     return traced if family.hook is None else family.hook(traced)
 
 

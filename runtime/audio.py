@@ -87,22 +87,27 @@ class AudioFrontend:
             input_features, float32 [B, feature_size, frames of one window].
 
         Raises:
-            InputError: as ``read_audio``; also an array that is not one channel of samples.
+            InputError: as ``read_audio``; also an array that is not one channel of samples, and what is no sound.
             MissingDependencyError: a file is to be read and soundfile is not installed.
         """
         if len(audio) == 0:
             raise InputError("expected at least one sound, found none")
-        rows = [
-            self._samples(item, f"sound {index}", window)
-            if isinstance(item, np.ndarray)
-            else read_audio(item, self.sampling_rate, window=window, longest=self.seconds)
-            for index, item in enumerate(audio)
-        ]
+        rows = [self._heard(item, f"sound {index}", window) for index, item in enumerate(audio)]
         return {"input_features": np.stack([self._features(row) for row in rows])}
 
     def features(self, samples: NDArray[Any]) -> NDArray[np.float32]:
         """float32 [1, feature_size, frames] of ``samples`` [N] at ``sampling_rate`` Hz; errors as ``encode``."""
         return self._features(self._samples(samples, "samples", None))[None]
+
+    def _heard(self, source: AudioSource, name: str, window: Window | None) -> Samples:
+        if isinstance(source, np.ndarray):
+            return self._samples(source, name, window)
+        if isinstance(source, (str, Path)) or hasattr(source, "read"):
+            return read_audio(source, self.sampling_rate, window=window, longest=self.seconds)
+        raise InputError(
+            f"{name}: expected a path, an open binary file or a float array of samples, found {type(source).__name__}; "
+            "make plain numbers an array, and put the array into a list: [np.array(samples, np.float32)]"
+        )
 
     def _samples(self, samples: NDArray[Any], name: str, window: Window | None) -> Samples:
         if samples.ndim != 1 or samples.dtype.kind != "f" or samples.size == 0:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids
-from txopt.runtime.errors import TxoptError
+from txopt.runtime.no_next_token import no_token_left, not_a_number
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.processors import Processors
 from txopt.runtime.sampling import draw_several, log_softmax
@@ -52,6 +52,7 @@ def beam_search(
         processors: applied to log probabilities, before they are summed.
 
     Raises:
+        UsageError: the options leave a source no token before it has ended once.
         TxoptError: the decoder gives NaN.
     """
     (rows, length), beams = prompt.shape, options.num_beams
@@ -69,6 +70,9 @@ def beam_search(
     ends = np.isin(np.arange(logits.shape[1]), options.eos_ids)
     while True:
         found = choose(logits, running, length)
+        # A source that has ended once may run dry: its result is there.
+        if np.isneginf(found.scores[:, 0]).any() and (np.isneginf(found.scores[:, 0]) & ~is_finished.any(axis=1)).any():
+            raise no_token_left(length, options)
         hits = ends[found.tokens] if length + 1 < max_length else np.ones_like(found.tokens, np.bool_)
         new = length - prompt_length
 
@@ -142,7 +146,9 @@ class _Chooser:
         else:
             log_probabilities = log_softmax(logits)
             self._processors(running.ids[:, :, :length].reshape(len(logits), length), log_probabilities)
-            _check(log_probabilities.max(axis=1), length)
+            # The largest score of each row tells: numpy's maximum of anything and NaN is NaN.
+            if np.isnan(log_probabilities.max(axis=1)).any():
+                raise not_a_number(length)
             if self._generator is not None:
                 return self._draw(log_probabilities, running, self._generator)
             scores, tokens = top(log_probabilities, min(self._count, logits.shape[1]))
@@ -155,7 +161,8 @@ class _Chooser:
     def _best_of_each(self, logits: Floats, length: int) -> tuple[Floats, Ids]:
         """Log probabilities and tokens [R,C] of each row's best, the only ones that are normalised."""
         largest = logits.max(axis=1, keepdims=True)
-        _check(largest, length)
+        if not np.isfinite(largest).all():  # nothing is removed here: an infinity would be the model's own
+            raise not_a_number(length)
         values, tokens = top(logits, min(self._count, logits.shape[1]))
         if self._scratch is None:
             self._scratch = np.empty(logits.shape, np.float32)
@@ -170,20 +177,6 @@ class _Chooser:
         summed = summed.reshape(sources, beams * vocabulary)
         drawn = draw_several(summed, self._count, generator)
         return _Candidates(drawn // vocabulary, drawn % vocabulary, np.take_along_axis(summed, drawn, axis=1))
-
-
-def _check(largest: Floats, length: int) -> None:
-    """The largest score of each row tells: numpy's maximum of anything and NaN is NaN."""
-    if np.isnan(largest).any():
-        raise not_a_number(length)
-
-
-def not_a_number(length: int) -> TxoptError:
-    """What to raise when a decoder's scores after ``length`` tokens hold NaN."""
-    return TxoptError(
-        f"the scores after {length} tokens hold NaN, so there is no next token: in float16 this is mostly an overflow; "
-        "export with --precision fp32 or bf16, or set remove_invalid_values=True to go on regardless"
-    )
 
 
 def _result(finished: _Hypotheses, prompt_length: int, returned: int) -> GenerationResult:

@@ -25,12 +25,12 @@ class Decoder(Protocol):
         """Feeds prompts int64 [R,P], padded on the left where ``mask`` int64 [R,P] is 0 (None: no padding).
 
         Returns:
-            Logits float32 [R,V] after each row's last token.
+            Logits float32 [R,V] after each row's last token, the caller's to write to.
         """
         ...
 
     def step(self, ids: Ids) -> Floats:
-        """Feeds one token per row, int64 [R]; logits float32 [R,V], possibly a buffer that the next call overwrites."""
+        """Feeds one token per row, int64 [R]; logits float32 [R,V], the caller's to write to until the next call overwrites them."""
         ...
 
     def reorder(self, rows: Ids) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.runtime.beam import beam_search, not_a_number
-from txopt.runtime.decoder import Decoder, GenerationResult, Ids
+from txopt.runtime.beam import beam_search
+from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids
 from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.no_next_token import no_token_left, not_a_number
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.processors import Processor, Processors, Request, constraints
 from txopt.runtime.sampling import draw, warpers
@@ -52,7 +53,7 @@ def generate(
     Raises:
         InputError: an ill-shaped prompt or mask, or a prompt as long as the model allows.
         UsageError: lengths beyond what the model can or not beyond the prompt, token ids beyond the vocabulary,
-            streaming of beams.
+            streaming of beams, options that leave no token.
         TxoptError: the decoder gives NaN.
     """
     run = _prepare(open_decoder, prompt, options, prompt_mask, encoder_ids, processors, streams=stream is not None)
@@ -108,17 +109,16 @@ def _sequential(run: _Run, sequences: Ids) -> Iterator[Ids]:
     end_ids, padding = frozenset(run.options.eos_ids), run.options.padding
     constrained = bool(processors)
     generator = np.random.default_rng(run.options.seed) if run.options.do_sample else None
-    logits = decoder.prefill(run.prompt, run.mask)
-    scratch = np.empty(logits.shape if constrained else (0, 0), np.float32)
+    logits = np.ascontiguousarray(decoder.prefill(run.prompt, run.mask))  # of long prompts it is one slice in many
     ends = np.isin(np.arange(logits.shape[1]), run.options.eos_ids)
-    finished = np.zeros(rows, np.bool_)
+    finished, every_row = np.zeros(rows, np.bool_), np.arange(rows)
     while True:
-        scores = logits
-        if constrained and processors.active(length):
-            np.copyto(scratch, logits)
-            processors(sequences[:, :length], scratch)
-            scores = scratch
-        chosen = scores.argmax(axis=1) if generator is None else draw(scores, generator)
+        active = constrained and processors.active(length)
+        if active:
+            processors(sequences[:, :length], logits)
+        chosen = logits.argmax(axis=1) if generator is None else draw(logits, generator, length, run.options)
+        if active and generator is None:
+            _check_left(logits[every_row, chosen], finished, length, run.options)
         if rows == 1:
             done = chosen.item() in end_ids
         elif end_ids:
@@ -134,10 +134,17 @@ def _sequential(run: _Run, sequences: Ids) -> Iterator[Ids]:
         yield chosen
         if done or length == max_length:
             # NaN stays in a row's cache once it is there, so looking at the last scores is enough.
-            if np.isnan(scores.max()):
+            if np.isnan(logits.max()):
                 raise not_a_number(length - 1)
             return
         logits = decoder.step(chosen)
+
+
+def _check_left(largest: Floats, finished: NDArray[np.bool_], length: int, options: GenerationOptions) -> None:
+    """Refuses a row that goes on and whose ``largest`` score [R] says that no token is left: argmax makes one up."""
+    empty = np.isneginf(largest) & ~finished
+    if empty.any():
+        raise no_token_left(length, options)
 
 
 def _prepare(

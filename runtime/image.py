@@ -66,7 +66,8 @@ class ImageFrontend:
             pixel_values, float32 [B,3,H,W].
 
         Raises:
-            InputError: not a file, not an image, a damaged image, or images that differ in size after processing.
+            InputError: nothing of these, not a file, not an image, a damaged image, or images that differ in size after
+                processing.
             MissingDependencyError: Pillow is not installed.
         """
         if len(images) == 0:
@@ -115,6 +116,11 @@ def _open(source: ImageSource) -> "Image":
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as err:
         raise MissingDependencyError('reading images needs Pillow: pip install "txopt[image]"') from err
+    if not isinstance(source, (str, Path, Image.Image)) and not hasattr(source, "read"):
+        raise InputError(
+            f"expected a path, an open binary file or a Pillow image, found {type(source).__name__}; "
+            "make an array an image with PIL.Image.fromarray"
+        )
     name = str(source) if isinstance(source, (str, Path)) else str(getattr(source, "name", None) or "image")
     if isinstance(source, (str, Path)) and not Path(source).is_file():
         raise InputError(

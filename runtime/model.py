@@ -31,6 +31,7 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | No
 
     Raises:
         ArtifactError: it is damaged, unsafe, too new, or no artifact.
+        UsageError: a device or a number of threads that is none.
         MissingDependencyError: the device needs a package that is not installed.
     """
     return Model(Artifact.open(path), device=device, threads=threads)
@@ -117,6 +118,7 @@ class Model:
                     "input_ids: expected the prompt, int64 [B,P], got "
                     + ("nothing" if prompt is None else str(prompt.shape))
                 )
+            self._check_ids("input_ids", prompt)
             batch = len(prompt)
             return {
                 "open_decoder": lambda beams: self.session.decoder(None, beams=beams, batch=batch),
@@ -130,12 +132,24 @@ class Model:
         prompt = self._start(encoded.batch, options) if start is None else start
         if prompt.shape[:1] != (encoded.batch,) or prompt.ndim != 2 or not prompt.size:
             raise InputError(f"decoder_input_ids: expected int64 [{encoded.batch},P], got {list(prompt.shape)}")
+        self._check_ids("decoder_start_token_id" if start is None else "decoder_input_ids", prompt)
         return {
             "open_decoder": lambda beams: self.session.decoder(encoded, beams=beams),
             "prompt": prompt,
             "encoder_ids": tensors.get("input_ids"),
             "options": options,
         }
+
+    def _check_ids(self, name: str, ids: Array) -> None:
+        """Refuses ids that the decoder does not know, by the name they came under; what are no ids is the loop's to refuse."""
+        decoder = self.manifest.graphs.get("decoder")
+        if decoder is None or ids.dtype.kind not in "iu" or not ids.size:
+            return
+        vocabulary = int(next(item for item in decoder.outputs if item.name == "logits").axes[-1])
+        least, largest = int(ids.min()), int(ids.max())
+        if least < 0 or largest >= vocabulary:
+            found = least if least < 0 else largest
+            raise InputError(f"{name}: expected ids of this model's vocabulary, 0 to {vocabulary - 1}, got {found}")
 
     def _start(self, batch: int, options: GenerationOptions) -> NDArray[np.int64]:
         if options.decoder_start_token_id is None:

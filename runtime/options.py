@@ -13,6 +13,8 @@ from typing import Any
 from txopt.runtime.errors import UsageError, explain
 
 LENGTHS = ("max_length", "max_new_tokens")
+COLDEST = 1e-30  # temperature: float32 ends at 3e38, so scores up to 3e8 stay finite
+LARGEST = 2**63 - 1  # ids and lengths are int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,7 @@ def _as_tuple(ids: int | Sequence[int] | None) -> tuple[int, ...]:
 Converter = Callable[[Any], Any]
 
 
-def _integer(minimum: int | None = None) -> Converter:
+def _integer(minimum: int | None = None, largest: int | None = LARGEST) -> Converter:
     expected = "an integer" if minimum is None else f"an integer, at least {minimum}"
 
     def convert(value: Any) -> int:
@@ -197,6 +199,8 @@ def _integer(minimum: int | None = None) -> Converter:
             raise ValueError(expected) from None
         if isinstance(value, bool) or (minimum is not None and number < minimum):
             raise ValueError(expected)
+        if largest is not None and abs(number) > largest:
+            raise ValueError(f"{expected}, at most {largest}")
         return number
 
     return convert
@@ -206,7 +210,7 @@ def _number(expected: str, holds: Callable[[float], bool]) -> Converter:
     def convert(value: Any) -> float:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(expected) from None
         if isinstance(value, bool | str) or not holds(number):
             raise ValueError(expected)
@@ -301,7 +305,7 @@ _CONVERTERS: dict[str, Converter] = {
     "typical_p": _number("a number above 0, at most 1", lambda number: 0 < number <= 1),
     "epsilon_cutoff": _cutoff,
     "eta_cutoff": _cutoff,
-    "seed": _natural,
+    "seed": _integer(0, largest=None),
     "clip_length": _flag,
 }
 
@@ -330,8 +334,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         )
     if 1 < beams < returned:
         problems.append(f"num_return_sequences={returned} is more than num_beams={beams}")
-    if values["do_sample"] and values["temperature"] == 0:
-        problems.append("temperature=0 cannot be sampled with: set do_sample=False for greedy search")
+    if values["do_sample"] and (temperature := values["temperature"]) < COLDEST:
+        problems.append(
+            f"temperature={temperature:.3g} cannot be sampled with: scores divided by less than {COLDEST:g} are infinite; "
+            "set do_sample=False for greedy search"
+        )
     suppressed = set(values["suppress_tokens"] or ())
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = set(_as_tuple(values[name]))

@@ -3,7 +3,7 @@
 Owns the order of the steps; what each step does lives in text.py, audio.py and image.py, chosen by the manifest's "frontend".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from txopt.runtime.model import Model
 
 Feeds = dict[str, NDArray[Any]]
+
+_EXPECTED = {
+    "text": "a str or a list of them (ids go to model.generate(input_ids=...))",
+    "audio": "a list of paths, open files or float arrays of samples; put one sound into a list: [samples]",
+    "image": "a list of paths, open files or Pillow images; put one image into a list: [image]",
+}
 
 
 class Pipeline:
@@ -53,21 +59,25 @@ class Pipeline:
 
     def __call__(self, sources: str | Sequence[Any], **options: Any) -> Any:
         """The texts of ``sources``, a list; one str for one str."""
-        single = isinstance(sources, str)
-        if not isinstance(sources, (str, Sequence)):
-            raise InputError(f"expected a source or a list of them, got {type(sources).__name__}")
-        feeds, options = self.prepare([sources] if single else list(sources), **options)
+        feeds, options = self.prepare(sources, **options)
         result = self._model.generate(**feeds, **options)
-        texts = [self.text(row) for row in result.sequences[:, self._skipped(feeds) :]]
-        return texts[0] if single and len(texts) == 1 else texts
+        texts = [self.text(row) for row in self.said(result.sequences, feeds, options)]
+        return texts[0] if isinstance(sources, str) and len(texts) == 1 else texts
 
-    def prepare(self, sources: Sequence[Any], **options: Any) -> tuple[Feeds, dict[str, Any]]:
+    def prepare(self, sources: str | Sequence[Any], **options: Any) -> tuple[Feeds, dict[str, Any]]:
         """Feeds, and the generation options: languages and tasks turned into ids, everything else as it was.
 
         ``source_language``, ``target_language`` (text); ``language``, ``task`` (speech).
+
+        Raises:
+            InputError: what is not a list of this artifact's kind of sources, or one str.
         """
         if self._input is None:
             raise UsageError("this artifact has no tokenizer or processor: give arrays, model.generate(input_ids=...)")
+        if isinstance(sources, str):
+            sources = [sources]
+        if not isinstance(sources, Sequence) or isinstance(sources, (bytes, bytearray)):
+            raise InputError(f"expected {_EXPECTED[self.kind]}; got {type(sources).__name__}")
         if self.kind == "text":
             source, target = options.pop("source_language", None), options.pop("target_language", None)
             feeds = self._input.encode(sources, source_language=source, target_language=target)
@@ -79,7 +89,10 @@ class Pipeline:
 
             language, task = options.pop("language", None), options.pop("task", None)
             prompt = decoder_prompt(self._frontend, self._model.manifest.generation, language=language, task=task)
-            feeds["decoder_input_ids"] = np.tile(np.asarray(prompt, np.int64), (len(sources), 1))
+            start = options.pop("decoder_input_ids", None)
+            feeds["decoder_input_ids"] = (
+                np.tile(np.asarray(prompt, np.int64), (len(sources), 1)) if start is None else start
+            )
         return feeds, options
 
     def text(self, ids: NDArray[np.int64]) -> str:
@@ -91,21 +104,24 @@ class Pipeline:
     def stream(self, source: Any, **options: Any) -> Iterator[str]:
         """Text of one source, piece by piece; the pieces joined are the whole text."""
         feeds, options = self.prepare([source], **options)
-        ids: list[int] = []
-        said = ""
+        ids: list[int] = feeds["input_ids"][0].tolist() if self._model.manifest.kind == "decoder" else []
+        said = 0
         for token in self._model.stream(**feeds, **options):
             ids.append(int(token[0]))
-            text = self.text(np.asarray(ids))
-            if text.startswith(said) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character may follow
-                yield text[len(said) :]
-                said = text
+            settled = self._settled(np.asarray(ids))
+            if len(settled) > said:
+                yield settled[said:]
+                said = len(settled)
+        rest = self.text(np.asarray(ids, np.int64))[said:]  # what the next token might have changed
+        if rest:
+            yield rest
 
-    def _skipped(self, feeds: Feeds) -> int:
-        """Tokens of a result that are not to be read: a decoder's own prompt is its text, a start prompt is none."""
-        return (
-            0
-            if self._model.manifest.kind == "decoder"
-            else feeds["decoder_input_ids"].shape[1]
-            if "decoder_input_ids" in feeds
-            else 1
-        )
+    def said(self, sequences: NDArray[np.int64], feeds: Feeds, options: Mapping[str, Any]) -> NDArray[np.int64]:
+        """The columns of generate()'s ``sequences`` to be read: a decoder's own prompt is its text, a start prompt is none."""
+        if self._model.manifest.kind == "decoder":
+            return sequences
+        start = options.get("decoder_input_ids", feeds.get("decoder_input_ids"))
+        return sequences[:, 1 if start is None else np.shape(start)[1] :]
+
+    def _settled(self, ids: NDArray[np.int64]) -> str:
+        return self.text(ids) if self._text is None else str(self._text.settled(ids))

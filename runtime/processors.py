@@ -15,6 +15,7 @@ import numpy as np
 
 from txopt.runtime.decoder import Floats, Ids
 from txopt.runtime.errors import UsageError
+from txopt.runtime.no_next_token import not_a_number
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.sampling import Warper
 
@@ -216,6 +217,9 @@ class Processors:
         for processor in self._processors:
             if processor.active(length):
                 processor(ids, scores)
+        # What shapes a distribution sorts it, and NaN has no place in an order.
+        if self._warpers and np.isnan(scores.max(axis=1)).any():
+            raise not_a_number(length)
         for warp in self._warpers:
             warp(scores)
 

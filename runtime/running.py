@@ -36,7 +36,7 @@ def run(
     threads: int | None = None,
     pieces: Callable[[str], None] | None = None,
 ) -> Iterator[Result]:
-    """A (JSON document, text) for each source.
+    """A (JSON document, text) for each source; of a blank line too, an empty one, so that answers match questions.
 
     Args:
         pieces: called with every piece of text as it is generated; one source only.
@@ -58,6 +58,9 @@ def run(
         return
     pipeline = model.pipeline(kind)
     for source in _texts(request.text) if kind == "text" else [request.audio or request.image]:
+        if source is None:
+            yield {"text": "", "ids": []}, ""
+            continue
         if pieces is not None:
             said = []
             for piece in pipeline.stream(source, **request.options):
@@ -67,20 +70,19 @@ def run(
             continue
         feeds, options = pipeline.prepare([source], **request.options)
         result = model.generate(**feeds, **options)
-        text = pipeline.text(result.sequences[0])
+        text = pipeline.text(pipeline.said(result.sequences, feeds, options)[0])
         yield {"text": text, "ids": result.sequences[0].tolist()}, text
 
 
-def _texts(text: str | None) -> Iterator[str]:
+def _texts(text: str | None) -> Iterator[str | None]:
+    """The text, or the lines of stdin; None for a blank one."""
     if text != "-":
         yield str(text)
         return
-    lines = (line.rstrip("\n") for line in sys.stdin)
     found = False
-    for line in lines:
-        if line:
-            found = True
-            yield line
+    for line in sys.stdin:
+        found = True
+        yield line.rstrip("\n") if line.strip() else None
     if not found:
         raise InputError("stdin: expected at least one line of text, got none")
 
@@ -107,9 +109,12 @@ def _run_arrays(model: Model, arrays: Mapping[str, Any], options: Mapping[str, A
     return {"ids": sequences}, "\n".join(" ".join(map(str, row)) for row in sequences)
 
 
-def _run_encoder(model: Model, texts: Iterator[str], kind: str) -> Iterator[Result]:
+def _run_encoder(model: Model, texts: Iterator[str | None], kind: str) -> Iterator[Result]:
     frontend = model.pipeline(kind)
     for text in texts:
+        if text is None:
+            yield {"text": ""}, ""
+            continue
         feeds, _ = frontend.prepare([text])
         if model.manifest.task == "embedding":
             vector = model.embed(**feeds)[0]

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.decoder import Floats, Ids
-from txopt.runtime.errors import TxoptError
+from txopt.runtime.no_next_token import no_next_token
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.topk import top
 
 REMOVED = np.float32(-np.inf)
+_LEAST = np.finfo(np.float32).min
 
 Warper = Callable[[Floats], None]
 
@@ -30,35 +31,35 @@ def warpers(options: GenerationOptions) -> list[Warper]:
     return [*found, _renormalize] if options.renormalize_logits else found
 
 
-# A row with nothing left, or NaN, is refused where a token is chosen; numpy's warnings would only come before.
-@np.errstate(divide="ignore", invalid="ignore")
+# A row of NaN is refused where a token is chosen; numpy's warnings would only come before.
+@np.errstate(invalid="ignore")
 def log_softmax(scores: Floats) -> Floats:
-    """Log probabilities float32 [R,V] of scores [R,V], in a new array."""
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    """Log probabilities float32 [R,V] of scores [R,V], in a new array; removed tokens stay removed, be it all of them."""
+    shifted = scores - _largest(scores)
+    shifted -= np.log(_total(np.exp(shifted)))
     return shifted
 
 
-@np.errstate(divide="ignore", invalid="ignore")
+@np.errstate(invalid="ignore")
 def softmax(scores: Floats) -> Floats:
-    """Probabilities float32 [R,V] of scores [R,V], in a new array."""
-    exponents = np.exp(scores - scores.max(axis=1, keepdims=True))
-    exponents /= exponents.sum(axis=1, keepdims=True)
+    """Probabilities float32 [R,V] of scores [R,V], in a new array; all 0 where every token is removed."""
+    exponents = np.exp(scores - _largest(scores))
+    exponents /= _total(exponents)
     return exponents
 
 
-def draw(scores: Floats, generator: np.random.Generator) -> Ids:
+def draw(scores: Floats, generator: np.random.Generator, length: int, options: GenerationOptions) -> Ids:
     """One token per row, int64 [R], with the probabilities softmax(scores): one uniform number per row, by inversion.
 
+    ``length`` and ``options``, how the scores came about, are only for the message.
+
     Errors:
-        TxoptError: a row without a distribution (NaN, or every token removed).
+        UsageError: the options have removed every token of a row. TxoptError: a row's scores are NaN.
     """
     weights = np.cumsum(softmax(scores), axis=1, dtype=np.float64)
     total = weights[:, -1]
-    if not np.isfinite(total).all():
-        raise TxoptError(
-            f"row {int(np.argmin(np.isfinite(total)))} has no next token to draw from: every score is NaN or removed"
-        )
+    if not (total > 0).all():
+        raise no_next_token(scores.max(axis=1)[~(total > 0)], length, options)
     # Rounding must not reach past the last token.
     points = np.minimum(generator.random(len(scores)) * total, np.nextafter(total, 0))
     return np.asarray((weights <= points[:, None]).sum(axis=1), np.int64)
@@ -73,6 +74,7 @@ def draw_several(scores: Floats, count: int, generator: np.random.Generator) -> 
     return top(scores + noise, count)[1]
 
 
+@np.errstate(over="ignore")  # the least numbers, which remove_invalid_values makes of removed tokens
 def _temperature(temperature: float, scores: Floats) -> None:
     scores /= np.float32(temperature)
 
@@ -93,7 +95,7 @@ def _top_p(share: float, keep: int, scores: Floats) -> None:
 def _min_p(share: float, keep: int, scores: Floats) -> None:
     probabilities = softmax(scores)
     removed = probabilities < np.float32(share) * probabilities.max(axis=1, keepdims=True)
-    np.put_along_axis(removed, top(probabilities, min(keep, scores.shape[1]))[1], False, axis=1)
+    np.put_along_axis(removed, top(scores, min(keep, scores.shape[1]))[1], False, axis=1)
     scores[removed] = REMOVED
 
 
@@ -135,6 +137,16 @@ WARPERS: tuple[Callable[[GenerationOptions, int], Warper | None], ...] = (
     lambda options, keep: partial(_epsilon, options.epsilon_cutoff, keep) if options.epsilon_cutoff > 0 else None,
     lambda options, keep: partial(_eta, options.eta_cutoff, keep) if options.eta_cutoff > 0 else None,
 )
+
+
+def _largest(scores: Floats) -> Floats:
+    """Each row's largest score float32 [R,1], a finite one where every token is removed: there is no -inf - -inf."""
+    return np.maximum(scores.max(axis=1, keepdims=True), _LEAST)
+
+
+def _total(exponents: Floats) -> Floats:
+    """Each row's sum float32 [R,1]; the largest exponent is 1, so less than that is the 0 of a row with nothing left."""
+    return np.maximum(exponents.sum(axis=1, keepdims=True), np.float32(1))
 
 
 def _cumulative(scores: Floats) -> Floats:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
+from txopt.runtime.counts import allocating, count
 from txopt.runtime.errors import InputError, UsageError, explain
-from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
+from txopt.runtime.graphs import Axes, CacheSpec, GraphSpec, TensorSpec
 
+MASK = "encoder_attention_mask"
 FIRST_BUCKET = 64  # self-cache length of a new decoder; attention costs time in proportion to it
 
 Array = NDArray[Any]
@@ -65,33 +67,53 @@ class Session:
         return Encoded(len(next(iter(feeds.values()))), runner.run(feeds), feeds.get("attention_mask"))
 
     def decoder(self, encoded: Encoded | None, *, beams: int = 1, batch: int = 1) -> "RowDecoder":
-        """A decoder of batch times ``beams`` rows; the batch is the encoded sources' where there are any."""
+        """A decoder of batch times ``beams`` rows; the batch is the encoded sources' where there are any.
+
+        Errors:
+            UsageError: no decoder, sources where there is no encoder or the reverse, or more rows than memory holds.
+            InputError: ``encoded`` does not fit the decoder: it is another model's.
+        """
+        beams, batch = count("beams", beams), count("batch", batch)
         spec, cache = self.manifest.graphs.get("decoder"), self.manifest.cache
         if spec is None or cache is None:
             raise UsageError(
                 f"this artifact ({self.manifest.kind}, {self.manifest.task}) has no decoder and cannot generate"
             )
         runner = self._runners["decoder"]
-        fixed: dict[str, Any] = {}
-        if encoded is not None:
-            batch = encoded.batch
-            fixed = {name: value for name, value in encoded.values.items() if name.startswith("cross_")}
-            if encoded.mask is not None:
-                fixed["encoder_attention_mask"] = runner.tensor(encoded.mask)
-        return RowDecoder(runner, spec, cache, batch * beams, fixed)
+        if (encoded is None) is ("encoder" in self.manifest.graphs):
+            raise UsageError(
+                "this decoder reads an encoder's results: expected decode(model.encode(...)), got no sources"
+                if encoded is None
+                else "this artifact is a decoder alone: expected decode(batch=B), got encoded sources"
+            )
+        if not isinstance(encoded, Encoded | None):
+            raise InputError(f"encoded: expected what encode() gave, got {type(encoded).__name__}")
+        if encoded is None:
+            return RowDecoder(runner, spec, cache, batch * beams, batch * beams, {})
+        if batch not in (1, encoded.batch):
+            raise UsageError(f"batch={batch} and {encoded.batch} encoded sources: leave batch out, the sources say it")
+        fixed = _sources(runner, spec, encoded)
+        return RowDecoder(runner, spec, cache, encoded.batch * beams, beams, fixed)
 
 
 class RowDecoder:
-    """Rows that advance together, each at its own position; see ``generate.Decoder`` for the loop's view of it."""
+    """Rows that advance together, each at its own position; see ``generate.Decoder`` for the loop's view of it.
 
-    def __init__(self, runner: Runner, spec: GraphSpec, cache: CacheSpec, rows: int, fixed: Mapping[str, Any]) -> None:
+    Every ``group`` of adjacent rows belongs to one source (without sources, all do): what ``fixed`` holds is per source.
+    """
+
+    def __init__(
+        self, runner: Runner, spec: GraphSpec, cache: CacheSpec, rows: int, group: int, fixed: Mapping[str, Any]
+    ) -> None:
         self.max_length = cache.max_length
         self._runner, self._cache, self._fixed = runner, cache, dict(fixed)
         self.names = [name for name in (item.name for item in spec.inputs) if name.startswith("self_")]
         self._vocabulary = int(next(item for item in spec.outputs if item.name == "logits").axes[-1])
-        self._position = np.zeros(rows, np.int64)
-        self._ids = np.zeros((rows, 1), np.int64)
-        self._logits = np.empty((rows, 1, self._vocabulary), np.float32)
+        with allocating(rows * 4 * self._vocabulary + self._size(rows, FIRST_BUCKET), rows):
+            self._position = np.zeros(rows, np.int64)
+            self._ids = np.zeros((rows, 1), np.int64)
+            self._logits = np.empty((rows, 1, self._vocabulary), np.float32)
+        self._group, self._first_of_group = group, np.arange(rows) // group * group
         self._longest = 0  # the filled part of the buffers: no row is further
         self._capacity = 0
         self._buffers: dict[str, Any] = {}
@@ -153,11 +175,19 @@ class RowDecoder:
         return logits if self._runner.on_host else self._runner.view(bound)
 
     def reorder(self, rows: Ids) -> None:
-        """Row i goes on as what row ``rows[i]`` was; only rows that change are copied, and only their filled part."""
+        """Row i goes on as what row ``rows[i]``, of the same source, was.
+
+        Only rows that change are copied, and only their filled part.
+        """
         rows = np.asarray(rows)
-        count = len(self._position)
-        if rows.shape != (count,) or rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= count:
-            raise InputError(f"rows: expected {count} numbers from 0 to {count - 1}, got {rows.tolist()}")
+        if rows.shape != self._position.shape or rows.dtype.kind not in "iu":
+            raise InputError(f"rows: expected int64 [{len(self._position)}], got {rows.dtype} {list(rows.shape)}")
+        offsets = rows - self._first_of_group
+        if offsets.min() < 0 or offsets.max() >= self._group:
+            raise InputError(
+                f"rows: expected numbers from 0 to {len(rows) - 1}, each within its source's {self._group} adjacent rows "
+                f"(what the encoder gave stays where it is), got {rows.tolist()}"
+            )
         changed = np.flatnonzero(rows != np.arange(len(rows)))
         if not len(changed):
             return
@@ -188,17 +218,24 @@ class RowDecoder:
             raise InputError(f"the model knows {self.max_length} target positions, asked for {needed}")
         if needed <= self._capacity:
             return
-        capacity = max(needed, 2 * self._capacity, FIRST_BUCKET)
-        self._capacity = capacity if self.max_length is None else min(capacity, self.max_length)
-        shape = (len(self._position), self._cache.heads, self._capacity, self._cache.head_size)
-        for name in self.names:
-            grown = self._runner.zeros(shape, self._cache.dtype)
-            if self._longest:
-                array = self._runner.view(grown)
-                array[:, :, : self._longest] = self._runner.view(self._buffers[name])[:, :, : self._longest]
-                grown = grown if self._runner.on_host else self._runner.tensor(array, self._cache.dtype)
-            self._buffers[name] = grown
-        self._step = None
+        rows, capacity = len(self._position), max(needed, 2 * self._capacity, FIRST_BUCKET)
+        capacity = capacity if self.max_length is None else min(capacity, self.max_length)
+        shape = (rows, self._cache.heads, capacity, self._cache.head_size)
+        with allocating(self._size(rows, capacity), rows):
+            for name in self.names:
+                grown = self._runner.zeros(shape, self._cache.dtype)
+                if self._longest:
+                    array = self._runner.view(grown)
+                    array[:, :, : self._longest] = self._runner.view(self._buffers[name])[:, :, : self._longest]
+                    grown = grown if self._runner.on_host else self._runner.tensor(array, self._cache.dtype)
+                self._buffers[name] = grown
+        self._capacity, self._step = capacity, None
+
+    def _size(self, rows: int, capacity: int) -> int:
+        """Bytes of ``rows`` rows' buffers of ``capacity`` positions."""
+        positions = capacity if self.max_length is None else min(capacity, self.max_length)
+        numbers = len(self.names) * self._cache.heads * self._cache.head_size * positions
+        return rows * numbers * (4 if self._cache.dtype == "float32" else 2)
 
     def _bind(self, ids: Ids, logits: Any) -> Call:
         tensor = self._runner.tensor
@@ -206,6 +243,36 @@ class RowDecoder:
         inputs = {"input_ids": tensor(ids), "position": tensor(self._position), **self._fixed, **self._buffers}
         outputs = {name.replace("self_", "present_"): value for name, value in self._buffers.items()}
         return self._runner.bind(inputs, {"logits": bound, **outputs})
+
+
+def _sources(runner: Runner, spec: GraphSpec, encoded: Encoded) -> dict[str, Any]:
+    """What a decoder reads of an encoder's results; InputError where they are another model's."""
+    wanted = {item.name: item for item in spec.inputs if item.name.startswith("cross_")}
+    found = {name: value for name, value in encoded.values.items() if name.startswith("cross_")}
+    problems = [f"{name}: missing; expected {item}" for name, item in wanted.items() if name not in found]
+    problems += [f"{name}: unknown; this decoder has no such layer" for name in found if name not in wanted]
+    sizes = {"B": encoded.batch}
+    for name in wanted.keys() & found.keys():
+        dtype, shape = runner.describe(found[name])
+        if dtype != wanted[name].dtype or not _fits(wanted[name].axes, shape, sizes):
+            problems.append(f"{name}: expected {wanted[name].dtype} {_axes(wanted[name])}, got {dtype} {list(shape)}")
+    if any(item.name == MASK for item in spec.inputs):
+        if encoded.mask is None or not _fits(("B", "T"), encoded.mask.shape, sizes):
+            problems.append(f"{MASK}: expected the mask that encode() read, int64 [B,T]")
+        else:
+            found[MASK] = runner.tensor(encoded.mask)
+    if problems:
+        title = "these encoded sources are not this model's; expected what its own encode() gave:"
+        raise InputError(explain(title, sorted(problems)))
+    return found
+
+
+def _fits(axes: Axes, shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Whether ``shape`` has these ``axes``; lengths that vary are looked up in ``sizes``, new ones noted there."""
+    return len(axes) == len(shape) and all(
+        size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
+        for axis, size in zip(axes, shape, strict=True)
+    )
 
 
 def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -239,6 +306,10 @@ def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]
         expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
         if size != expected:
             return [f"{found} ({axis} is {expected})"]
+    if not integral and not (extreme := np.abs(value).max()) <= np.finfo(_dtype(item)).max:
+        return [
+            f"{item.name}: expected finite numbers that {item.dtype} holds, got {extreme}; look where they come from"
+        ]
     return []
 
 

@@ -23,7 +23,9 @@ Keys of "frontend" read here, all optional but the first:
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,9 @@ _CLEAN_UP = (
     (" 've", "'ve"),
     (" 're", "'re"),
 )
+_CLEANED_NEIGHBOURS = {found[place : place + 2] for found, _ in _CLEAN_UP for place in range(len(found) - 1)}
+_HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's tokens for what its vocabulary does not know
 
 
 class TextDecoder:
@@ -75,6 +80,23 @@ class TextDecoder:
         Raises:
             InputError: not one sequence of integers, or a negative one.
         """
+        return self._cleaned(self._tokenizer.decode(self._read(ids), skip_special_tokens=True))
+
+    def settled(self, ids: ArrayLike) -> str:
+        """The beginning of ``decode(ids)`` that no token after them changes: what a stream may say already."""
+        kept = self._read(ids)
+        # Bytes beside bytes are read together: one that does not fit makes them all unreadable. Nothing is said between.
+        while kept and self._is_byte_or_silent(kept[-1]):
+            kept.pop()
+        text = self._tokenizer.decode(kept, skip_special_tokens=True).rstrip(_HALF_A_CHARACTER)
+        return self._cleaned(text[: _joint(text)] if self._clean_up else text)
+
+    def decode_batch(self, sequences: Sequence[ArrayLike] | NDArray[np.integer[Any]]) -> list[str]:
+        """One text per row."""
+        return [self.decode(row) for row in sequences]
+
+    def _read(self, ids: ArrayLike) -> list[int]:
+        """The ids that are read, checked."""
         row = np.asarray(ids)
         if row.ndim != 1 or (row.size and (row.dtype.kind not in "iu" or row.min() < 0)):
             raise InputError(
@@ -84,15 +106,21 @@ class TextDecoder:
         kept: list[int] = row.tolist()
         if self._timestamp_begin is not None:
             kept = [token for token in kept if token < self._timestamp_begin]
-        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        return kept
+
+    def _cleaned(self, text: str) -> str:
         if self._clean_up:
             for found, replacement in _CLEAN_UP:
                 text = text.replace(found, replacement)
         return text
 
-    def decode_batch(self, sequences: Sequence[ArrayLike] | NDArray[np.integer[Any]]) -> list[str]:
-        """One text per row."""
-        return [self.decode(row) for row in sequences]
+    def _is_byte_or_silent(self, token: int) -> bool:
+        word = self._tokenizer.id_to_token(token)
+        return word is None or token in self._special_ids or _BYTE.fullmatch(word) is not None
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special)
 
 
 class TextFrontend(TextDecoder):
@@ -260,6 +288,19 @@ class TextFrontend(TextDecoder):
         if self._unknown_from is not None:
             ids[ids >= self._unknown_from] = self._unknown
         return {"input_ids": ids, "attention_mask": mask}
+
+
+def _joint(text: str) -> int:
+    """The last place of ``text`` where cutting it in two changes nothing about its clean-up, 0 where there is none.
+
+    Clean-up only takes spaces away, so two neighbours that are no spaces stay neighbours, and a replacement that spans
+    them has both in it.
+    """
+    for place in range(len(text) - 1, 0, -1):
+        neighbours = text[place - 1 : place + 1]
+        if " " not in neighbours and neighbours not in _CLEANED_NEIGHBOURS:
+            return place
+    return 0
 
 
 def _length(encoding: "Encoding") -> int:

@@ -99,17 +99,23 @@ def test_0_inspect_is_one_document(g2p: Artifact) -> None:
     assert json.loads(done.stdout)["family"] == "custom"
 
 
-def test_0_lines_of_stdin_are_texts(g2p: Artifact) -> None:
-    done = txopt("run", g2p.path, "--text", "-", stdin="cat\n\ndog\n")
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_0_a_line_of_stdin_is_a_line_of_stdout_blank_ones_too(g2p: Artifact, stream: tuple[str, ...]) -> None:
+    done = txopt("run", g2p.path, "--text", "-", *stream, stdin="\ncat\n\n  \ndog")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == ["K AE1 T", "D AA1 G"]
+    assert done.stdout == "\nK AE1 T\n\n\nD AA1 G\n"
 
 
-def test_0_json_of_several_lines_is_one_document(g2p: Artifact) -> None:
-    done = txopt("run", g2p.path, "--text", "-", "--json", stdin="cat\ndog\n")
+def test_0_json_of_several_lines_is_one_document_with_an_entry_for_each(g2p: Artifact) -> None:
+    done = txopt("run", g2p.path, "--text", "-", "--json", stdin="cat\n\ndog\n")
     assert done.returncode == 0
     documents = json.loads(done.stdout)
-    assert [document["text"] for document in documents] == ["K AE1 T", "D AA1 G"]
+    assert [document["text"] for document in documents] == ["K AE1 T", "", "D AA1 G"]
+    assert documents[1]["ids"] == []
+
+
+def test_0_the_help_says_what_a_blank_line_gives() -> None:
+    assert "a blank line gives a blank line" in " ".join(txopt("run", "--help").stdout.split())
 
 
 def test_0_a_stream_with_json_is_one_document(g2p: Artifact) -> None:
@@ -150,6 +156,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a language the model has not": (("{artifact}", "--text", "cat", "--target-language", "de"), "no language tokens"),
     "an option of speech": (("{artifact}", "--text", "cat", "--language", "de"), "language"),
     "a device there is not": (("{artifact}", "--text", "cat", "--device", "tpu"), "tpu"),
+    "a temperature beyond cold": (("{artifact}", "--text", "cat", "--temperature", "1e-320"), "temperature"),
+    "more beams than memory holds": (("{artifact}", "--text", "cat", "--num-beams", "1000000000"), "GiB of memory"),
     "no threads": (("{artifact}", "--text", "cat", "--threads", "0"), "threads"),
     "arrays that are not there": (("{artifact}", "--ids", "no-such.npz"), "no-such.npz"),
     "a number that is none": (("{artifact}", "--text", "cat", "--num-beams", "many"), "--num-beams"),

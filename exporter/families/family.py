@@ -17,10 +17,15 @@ TEXT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Positions:
-    """A decoder's table of positions: the module's path, and what it adds to a position before looking it up."""
+    """A decoder's table of positions: the module's path, the name of its weight, and what it adds to a position to look it up.
+
+    ``after_padding``: positions begin after the table's ``padding_idx`` instead.
+    """
 
     path: str
+    weight: str = "weight"
     offset: int = 0
+    after_padding: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,15 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion import gelu, qkv, reshape, rms_norm
+from txopt.exporter.fusion import gelu, qkv, reshape, rms_norm, scale
 from txopt.exporter.fusion.report import Report
 
 FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (
     rms_norm.fuse,
     gelu.fuse,
     reshape.fuse,
-    qkv.fuse,  # after reshape: Q, K and V are then cut by one shape
+    scale.fuse,
+    qkv.fuse,  # after both: Q, K and V are then cut by one shape, and nothing scales one of them
 )
 
 

@@ -4,7 +4,7 @@
 
 for Q, K and V becomes MatMul, [Add], Reshape, Transpose once and a Split by heads; a missing bias counts as zeros. A decode step
 reads every weight once either way, but runs a third of the nodes. Refused, with the node's name: weights that something else reads
-too, which would then be stored twice, and shapes in which the number of heads cannot be left open.
+too, which would then be stored twice, and Q, K and V that are cut into heads differently or by a shape that is not known.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from txopt.exporter.fusion.algebra import scalar
 from txopt.exporter.fusion.report import Report
 from txopt.exporter.graph import integers
 
@@ -29,8 +30,12 @@ class _Projection:
     nodes: tuple[ir.Node, ...]
 
     @property
+    def matmul(self) -> ir.Node:
+        return self.nodes[-1]
+
+    @property
     def input(self) -> ir.Value | None:
-        return self.nodes[-1].inputs[0]
+        return self.matmul.inputs[0]
 
     @property
     def reshape(self) -> ir.Node:
@@ -43,20 +48,27 @@ Pack = tuple[_Projection, ...]
 def fuse(model: ir.Model) -> Report:
     """Rewrites ``model`` and reports; projections that do not share their input are no candidates."""
     report = Report("QKV")
-    packs = {node: pack for node in model.graph if node.op_type == "Attention" and (pack := _pack(node))}
+    packs = _packs(model.graph)
     refusals = {node: reason for node, pack in packs.items() if (reason := _uncuttable(pack))}
     possible = [pack for node, pack in packs.items() if node not in refusals]
     refusals |= {
         node: reason for node, pack in packs.items() if pack in possible and (reason := _shared(pack, possible))
     }
     report.refused = [f"{node.name}: {refusals[node]}" for node in packs if node in refusals]
-    packed: dict[tuple[str, ...], ir.Value] = {}
+    packed: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     for node in [node for node in packs if node not in refusals]:
         _rewrite(model.graph, node, packs[node], packed)
         report.fused += 1
     passes.RemoveUnusedNodesPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)  # the shapes with open heads
+    passes.CommonSubexpressionEliminationPass()(model)  # one shape for all layers
     return report
+
+
+def _packs(graph: ir.Graph) -> dict[ir.Node, Pack]:
+    """By Attention; where several share Q, K and V, by the first."""
+    found = {node: pack for node in graph if node.op_type == "Attention" and (pack := _pack(node))}
+    first = {tuple(projection.matmul for projection in pack): node for node, pack in reversed(found.items())}
+    return {node: found[node] for node in found if node in first.values()}
 
 
 def _pack(attention: ir.Node) -> Pack | None:
@@ -70,7 +82,8 @@ def _pack(attention: ir.Node) -> Pack | None:
         if projection is None:
             return None
         found.append(projection)
-    return tuple(found) if len({projection.input for projection in found}) == 1 else None
+    inputs, matmuls = ({p.input for p in found}, {p.matmul for p in found})
+    return tuple(found) if len(inputs) == 1 and len(matmuls) == 3 else None
 
 
 def _projection(transpose: ir.Node | None) -> _Projection | None:
@@ -78,7 +91,8 @@ def _projection(transpose: ir.Node | None) -> _Projection | None:
     below = _behind(reshape, "Reshape", 0)
     if transpose is None or reshape is None or below is None:
         return None
-    if tuple(transpose.attributes["perm"].as_ints()) != _BY_HEAD:
+    permutation = transpose.attributes.get("perm")
+    if permutation is None or tuple(permutation.as_ints()) != _BY_HEAD:
         return None
     nodes: tuple[ir.Node, ...] = (transpose, reshape, below)
     bias = None
@@ -92,7 +106,7 @@ def _projection(transpose: ir.Node | None) -> _Projection | None:
     weight = nodes[-1].inputs[1] if nodes[-1].op_type == "MatMul" else None
     if weight is None or not _is_weight(weight, rank=2):
         return None
-    if bias is not None and _width(_tensor(bias)) != _width(_tensor(weight)):
+    if bias is not None and _width(bias) != _width(weight):
         return None
     alone = all(len(node.outputs[0].uses()) == 1 for node in nodes[1:])
     return (
@@ -112,26 +126,43 @@ def _is_weight(value: ir.Value | None, rank: int) -> bool:
     return (
         value is not None
         and value.is_initializer()
+        and not value.is_graph_input()
         and value.const_value is not None
         and len(value.const_value.shape) == rank
     )
 
 
 def _uncuttable(pack: Pack) -> str | None:
-    if len({projection.reshape.inputs[1] for projection in pack}) != 1:
+    one_shape = len({projection.reshape.inputs[1] for projection in pack}) == 1
+    if not one_shape and len({_rows_tokens_size(projection.reshape) for projection in pack}) != 1:
         return "Q, K and V are cut into heads by different shapes"
-    if _cut(pack) is None:
-        return "the number of heads cannot be left open in the shape that cuts them"
+    sizes = _sizes(pack[0].reshape)
+    if sizes is None or not isinstance(sizes[3], int) or sizes[3] < 1:
+        return "the shape that cuts into heads does not say their size"
+    counts = {_width(projection.weight) / sizes[3] for projection in pack}
+    if one_shape and isinstance(sizes[2], int) and sizes[2] > 0 and counts != {sizes[2]}:
+        return "the shape that cuts into heads says another number of them than the weights"
     return None
+
+
+def _rows_tokens_size(reshape: ir.Node) -> object:
+    """What must be equal for Q, K and V, of which each may have its own number of heads; no two are equal where it is not known."""
+    shape = reshape.outputs[0].shape
+    if shape is None or len(shape) != 4 or any(isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in shape):
+        return reshape
+    return shape[0], shape[1], shape[3]
 
 
 def _shared(pack: Pack, packs: Sequence[Pack]) -> str | None:
     """Layers may share all three weights; anything else that reads one of them would need a second copy."""
     weights = _weights(pack)
-    users = {projection.nodes[-1] for other in packs if _weights(other) == weights for projection in other}
+    users = {projection.matmul for other in packs if _weights(other) == weights for projection in other}
     for weight in weights:
-        if any(user not in users for user, _ in weight.uses()):
+        if weight.is_graph_output() or any(user not in users for user, _ in weight.uses()):
             return f"{weight.name} is read elsewhere too"
+    others = {projection.matmul for other in packs if other is not pack for projection in other}
+    if any(projection.matmul in others for projection in pack):
+        return "another Attention takes some of Q, K and V, but not all"
     return None
 
 
@@ -139,52 +170,43 @@ def _weights(pack: Pack) -> tuple[ir.Value, ...]:
     return tuple(projection.weight for projection in pack)
 
 
-def _cut(pack: Pack) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """(rows, tokens, head size) of the shape [rows, tokens, heads, size] that cuts into heads; None where it is made otherwise."""
-    shape = pack[0].reshape.inputs[1]
+def _sizes(reshape: ir.Node) -> list[ir.Value | int] | None:
+    """Rows, tokens, heads and head size as the shape has them, numbers where they are constant; None where it is made otherwise."""
+    shape = reshape.inputs[1]
+    if shape is not None and shape.const_value is not None:
+        numbers: list[ir.Value | int] = [int(size) for size in shape.const_value.numpy().reshape(-1)]
+        return numbers if len(numbers) == 4 else None
     concat = shape.producer() if shape is not None else None
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 4:
         return None
-    rows, tokens, _, size = concat.inputs
-    if rows is None or tokens is None or size is None or _number(size) < 1:
-        return None
-    return (rows, tokens, size) if {_maker(rows), _maker(tokens)} == {"Shape"} else None
+    parts = [(value, scalar(value)) for value in concat.inputs if value is not None]
+    return [value if number is None else int(number) for value, number in parts]
 
 
-def _maker(value: ir.Value) -> str | None:
-    node = value.producer()
-    return None if node is None else node.op_type
-
-
-def _number(value: ir.Value) -> int:
-    """The number that ``value`` is known to be, -1 where it is not."""
-    if value.const_value is None or value.const_value.size != 1:
-        return -1
-    return int(value.const_value.numpy().reshape(()))
-
-
-def _rewrite(graph: ir.Graph, attention: ir.Node, pack: Pack, packed: dict[tuple[str, ...], ir.Value]) -> None:
-    cut = _cut(pack)
-    assert cut is not None, "_uncuttable() asked"
-    rows, tokens, size = cut
+def _rewrite(
+    graph: ir.Graph, attention: ir.Node, pack: Pack, packed: dict[tuple[ir.Value | None, ...], ir.Value]
+) -> None:
     name = f"{(attention.name or '').rpartition('/')[0]}/QKV".lstrip("/")
-    weights = [_tensor(projection.weight) for projection in pack]
-    matmul = ir.node("MatMul", [pack[0].input, _side_by_side(graph, weights, packed)], name=name)
+    widths = [_width(projection.weight) for projection in pack]
+    weight = _side_by_side(graph, _weights(pack), widths, packed)
+    matmul = ir.node("MatMul", [pack[0].input, weight], name=name)
     nodes = [matmul]
     if any(projection.bias is not None for projection in pack):
-        biases = [_bias(projection) for projection in pack]
-        nodes.append(ir.node("Add", [matmul.outputs[0], _side_by_side(graph, biases, packed)], name=f"{name}_bias"))
-    shape = ir.node("Concat", [rows, tokens, integers(graph, [-1]), size], attributes={"axis": 0}, name=f"{name}_shape")
-    heads = [_width(weight) // _number(size) for weight in weights]
-    reshape = ir.node(
-        "Reshape", [nodes[-1].outputs[0], shape.outputs[0]], attributes={"allowzero": 1}, name=f"{name}_heads"
-    )
-    by_head = ir.node("Transpose", reshape.outputs, attributes={"perm": list(_BY_HEAD)}, name=f"{name}_by_head")
+        bias = _side_by_side(graph, [projection.bias for projection in pack], widths, packed)
+        nodes.append(ir.node("Add", [matmul.outputs[0], bias], name=f"{name}_bias"))
+    sizes = _sizes(pack[0].reshape)
+    assert sizes is not None, "_uncuttable() asked"
+    assert isinstance(sizes[3], int)
+    heads = [width // sizes[3] for width in widths]
+    sizes[2] = sum(heads)
+    shape = ir.node("Concat", [_as_value(graph, size) for size in sizes], attributes={"axis": 0}, name=f"{name}_shape")
+    cut = ir.node("Reshape", [nodes[-1].outputs[0], shape.outputs[0]], pack[0].reshape.attributes, name=f"{name}_heads")
+    by_head = ir.node("Transpose", cut.outputs, attributes={"perm": list(_BY_HEAD)}, name=f"{name}_by_head")
     split_inputs = [by_head.outputs[0], integers(graph, heads)]
     split = ir.node("Split", split_inputs, attributes={"axis": 1}, num_outputs=3, name=f"{name}_split")
     # Before the first cut into heads: everything that these nodes read is there, and whoever reads them comes later.
     first = next(node for node in graph if any(node is projection.reshape for projection in pack))
-    graph.insert_before(first, [*nodes, shape, reshape, by_head, split])
+    graph.insert_before(first, [*nodes, shape, cut, by_head, split])
     for projection, output in zip(pack, split.outputs, strict=True):
         old = projection.nodes[0].outputs[0]
         output.name, output.shape, output.type = old.name, old.shape, old.type
@@ -193,32 +215,37 @@ def _rewrite(graph: ir.Graph, attention: ir.Node, pack: Pack, packed: dict[tuple
             graph.remove(node, safe=True)
 
 
+def _as_value(graph: ir.Graph, size: ir.Value | int) -> ir.Value:
+    return integers(graph, [size]) if isinstance(size, int) else size
+
+
 def _side_by_side(
-    graph: ir.Graph, tensors: Sequence[ir.TensorProtocol], packed: dict[tuple[str, ...], ir.Value]
+    graph: ir.Graph,
+    values: Sequence[ir.Value | None],
+    widths: Sequence[int],
+    packed: dict[tuple[ir.Value | None, ...], ir.Value],
 ) -> ir.Value:
-    """One weight of all ``tensors``, joined along their last axis, lazily; layers that share their weights share this one too."""
-    names = tuple(str(tensor.name) for tensor in tensors)
-    if names in packed:
-        return packed[names]
-    name = "|".join(names)
-    lazy = ir.LazyTensor(
-        lambda: ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors], axis=-1), name=name),
-        dtype=tensors[0].dtype,
-        shape=ir.Shape([*tensors[0].shape.numpy()[:-1], sum(map(_width, tensors))]),
-        name=name,
-        cache=False,
-    )
-    packed[names] = ir.Value(name=name, shape=lazy.shape, type=ir.TensorType(lazy.dtype), const_value=lazy)
-    graph.initializers[name] = packed[names]
-    return packed[names]
+    """One weight of all ``values``, joined along their last axis, lazily; None is a bias of zeros.
 
+    Layers that share their weights share this one too.
+    """
+    key = tuple(values)
+    if key in packed:
+        return packed[key]
+    there = [_tensor(value) for value in values if value is not None]
+    dtype, rows = there[0].dtype, there[0].shape.numpy()[:-1]
 
-def _bias(projection: _Projection) -> ir.TensorProtocol:
-    if projection.bias is not None:
-        return _tensor(projection.bias)
-    weight = _tensor(projection.weight)
-    zeros = np.zeros(_width(weight), weight.dtype.numpy())
-    return ir.Tensor(zeros, dtype=weight.dtype, name=f"{weight.name}.no_bias")
+    def join() -> ir.TensorProtocol:
+        zeros = (np.zeros((*rows, width), dtype.numpy()) for width in widths)
+        parts = [zero if value is None else _tensor(value).numpy() for value, zero in zip(values, zeros, strict=True)]
+        return ir.Tensor(np.concatenate(parts, axis=-1), dtype=dtype, name=name)
+
+    name = "|".join("zeros" if value is None else str(value.name) for value in values)
+    shape = ir.Shape([*rows, sum(widths)])
+    lazy = ir.LazyTensor(join, dtype=dtype, shape=shape, name=name, cache=False)
+    packed[key] = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=lazy)
+    graph.initializers[name] = packed[key]
+    return packed[key]
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
@@ -226,5 +253,5 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     return value.const_value
 
 
-def _width(tensor: ir.TensorProtocol) -> int:
-    return tensor.shape.numpy()[-1]
+def _width(value: ir.Value) -> int:
+    return _tensor(value).shape.numpy()[-1]

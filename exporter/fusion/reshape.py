@@ -35,8 +35,8 @@ def _share_shapes(graph: ir.Graph) -> None:
         if axes is None:
             continue
         kept = first.setdefault(axes, node.outputs[0])
-        if kept is not node.outputs[0]:
-            node.outputs[0].replace_all_uses_with(kept, replace_graph_outputs=True)
+        if kept is not node.outputs[0] and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(kept)
             graph.remove(node, safe=True)
 
 

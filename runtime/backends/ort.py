@@ -12,7 +12,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from txopt.runtime.counts import count
 from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, TxoptError, UsageError
+
+MOST_THREADS = 4096  # far beyond any machine; the engine starts as many as it is told, or ends the process
 
 Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types
@@ -61,10 +64,10 @@ class Runner:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and said once
+        # Waiting workers would spin on for some 40 ms: the encoder's against the decoder's first steps, both against the caller.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
-            if threads < 1:
-                raise UsageError(f"threads must be at least 1, got {threads}")
-            options.intra_op_num_threads = threads
+            options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as err:  # the library raises a dozen kinds, without a common base
@@ -75,6 +78,11 @@ class Runner:
     @property
     def on_host(self) -> bool:
         return self._device == "cpu"
+
+    def describe(self, value: Value) -> tuple[str, tuple[int, ...]]:
+        """A tensor's dtype, by the name that manifests use, and its shape."""
+        dtype = value.data_type().removeprefix("tensor(").removesuffix(")")
+        return "float32" if dtype == "float" else dtype, tuple(value.shape())
 
     def tensor(self, array: Array, dtype: str | None = None) -> Value:
         """An engine tensor of ``array``; on the CPU the two share memory."""
@@ -118,10 +126,10 @@ class Runner:
 
 
 def _providers(device: str) -> tuple[str, int, list[Any]]:
-    kind, _, ordinal = device.partition(":")
+    kind, _, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
     if kind == "cpu":
         return "cpu", 0, ["CPUExecutionProvider"]
-    if kind != "cuda" or not (ordinal or "0").isdigit():
+    if kind != "cuda" or not (ordinal or "0").isdecimal():
         raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}')
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise MissingDependencyError(

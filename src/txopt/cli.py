@@ -96,7 +96,9 @@ def verify(
 @app.command()
 def run(
     artifact: ArtifactPath,
-    text: Annotated[str | None, typer.Option(help='a text, or "-" for one per line of stdin')] = None,
+    text: Annotated[
+        str | None, typer.Option(help='a text, or "-" for one per line of stdin; a blank line gives a blank line')
+    ] = None,
     audio: Annotated[Path | None, typer.Option(help="a WAV or FLAC file")] = None,
     image: Annotated[Path | None, typer.Option(help="an image file")] = None,
     ids: Annotated[Path | None, typer.Option(help="an .npz of the encoder's inputs")] = None,

@@ -275,11 +275,11 @@ class Scripted:
         self.scores, self.max_length, self.steps = scores, max_length, 0
 
     def prefill(self, ids: Ids, mask: Ids | None) -> Floats:
-        return self.scores
+        return self.scores.copy()  # the caller's to write to
 
     def step(self, ids: Ids) -> Floats:
         self.steps += 1
-        return self.scores
+        return self.scores.copy()
 
     def reorder(self, rows: Ids) -> None:
         pass
@@ -375,7 +375,6 @@ def test_processors_of_the_callers_own_are_applied() -> None:
     prompt = np.zeros((1, 1), np.int64)
     result = generate(scripted(RISING), prompt, options, processors=[OnlyEven()])
     np.testing.assert_array_equal(result.sequences, [[0, 6, 7, 6, 7]])
-    np.testing.assert_array_equal(RISING[0], np.arange(8), err_msg="the decoder's own buffer is left alone")
 
 
 def test_a_greedy_step_costs_little_python() -> None:

@@ -10,7 +10,6 @@ from transformers import GenerationConfig
 from tests.runtime.test_generate import Scripted, scripted
 from tests.runtime.torch_decoder import VOCABULARY, tiny
 from txopt.runtime.decoder import Floats, Ids
-from txopt.runtime.errors import TxoptError
 from txopt.runtime.generate import generate
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.processors import Processors, Request, constraints
@@ -131,14 +130,14 @@ class Fixed(np.random.Generator):
 @pytest.mark.parametrize(("number", "token"), [(0.0, 1), (np.nextafter(1, 0), 3)])
 def test_a_removed_token_is_not_drawn_at_the_edges_either(number: float, token: int) -> None:
     scores = np.array([[-np.inf, 0.1, 0.7, -0.4, -np.inf]], np.float32)
-    assert draw(scores, Fixed(number)).tolist() == [token]
+    assert draw(scores, Fixed(number), 1, GenerationOptions()).tolist() == [token]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     scores = np.random.default_rng(0).normal(size=(1, 24)).astype(np.float32)
     scores[0, [0, 5, 23]] = -np.inf
     generator = np.random.default_rng(1)
-    drawn = draw(np.repeat(scores, DRAWS, axis=0), generator)
+    drawn = draw(np.repeat(scores, DRAWS, axis=0), generator, 1, GenerationOptions())
     assert surprise(np.bincount(drawn, minlength=24), softmax(scores)[0]) < SURPRISE
 
 
@@ -220,9 +219,3 @@ def test_beam_sampling_draws_by_probability() -> None:
     # Only the first two draws may end a beam; token 0 is their best only if it cannot be: 1 is, where 2 is not drawn.
     one = p[0] * p[1] / (1 - p[0]) + p[1] * p[0] / (1 - p[1])
     assert surprise(np.bincount(drawn, minlength=4), np.array([0, one, 1 - one, 0])) < 12
-
-
-def test_nothing_left_to_draw_is_an_error() -> None:
-    options = GenerationOptions(do_sample=True, suppress_tokens=range(40), max_new_tokens=2)
-    with pytest.raises(TxoptError, match="no next token to draw from"):
-        generate(scripted(SCORES), PROMPT, options)

@@ -1,13 +1,18 @@
 """Buffers and feeds: what a session promises whatever the caller does with its arrays."""
 
 import gc
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from txopt.runtime.artifact import Artifact
+from txopt.runtime.backends.ort import Runner
 from txopt.runtime.errors import InputError, UsageError
-from txopt.runtime.model import Model
+from txopt.runtime.graphs import GraphSpec, TensorSpec
+from txopt.runtime.model import Model, load
+from txopt.runtime.session import check_inputs
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +74,137 @@ def test_more_tokens_than_positions_are_refused(model: Model) -> None:
         decoder.feed(np.ones((1, 65), np.int64))
 
 
-def test_threads_and_devices_are_checked(g2p: Artifact) -> None:
-    with pytest.raises(UsageError, match="threads"):
-        Model(g2p, threads=0)
-    with pytest.raises(UsageError, match="device"):
-        Model(g2p, device="tpu")
+@pytest.mark.parametrize("threads", [0, -1, "1", True, 1.5, 10**12, [1]])
+def test_threads_that_are_no_number_of_threads_are_refused(g2p: Artifact, threads: Any) -> None:
+    with pytest.raises(UsageError, match=r"threads: expected an integer from 1 to 4096, got "):
+        load(g2p.path, threads=threads)
+
+
+@pytest.mark.parametrize("device", ["tpu", None, 3, "cuda:x", "cuda:²", ["cpu"]])
+def test_devices_that_are_none_are_refused(g2p: Artifact, device: Any) -> None:
+    with pytest.raises(UsageError, match='device must be "cpu", "cuda" or "cuda:N", got '):
+        load(g2p.path, device=device)
+
+
+def test_numpys_integers_are_integers(g2p: Artifact) -> None:
+    model = load(g2p.path, threads=np.int64(1))  # type: ignore[arg-type]
+    encoded = model.encode(input_ids=np.array([[5, 2]]))
+    assert model.decode(encoded, beams=np.int32(2)).feed(np.array([[1], [1]])).shape[0] == 2  # type: ignore[arg-type]
+
+
+SPEECH = GraphSpec(
+    file="encoder.onnx",
+    inputs=(TensorSpec(name="features", dtype="float16", axes=("B", 2, "T")),),
+    outputs=(TensorSpec(name="memory", dtype="float16", axes=("B", "T", 8)),),
+)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 70_000.0])
+def test_features_that_are_no_numbers_are_refused_by_name(number: float) -> None:
+    """70,000 is beyond float16, which this encoder takes."""
+    features = np.zeros((1, 2, 3), np.float32)
+    assert check_inputs(SPEECH, {"features": features})["features"].dtype == np.float16
+    features[0, 1, 2] = number
+    with pytest.raises(
+        InputError, match=r"features: expected finite numbers that float16 holds, got (nan|inf|70000\.0)"
+    ):
+        check_inputs(SPEECH, {"features": features})
+
+
+@pytest.mark.parametrize("number", [0, -1, "2", True, 1.5, None])
+@pytest.mark.parametrize("name", ["beams", "batch"])
+def test_numbers_of_rows_that_are_none_are_refused(model: Model, name: str, number: Any) -> None:
+    encoded = model.encode(input_ids=np.array([[5, 2]]))
+    with pytest.raises(UsageError, match=f"{name}: expected an integer, at least 1, got "):
+        model.decode(encoded, **{name: number})
+
+
+@pytest.mark.parametrize("rows", [10**9, 10**30, 10**400])
+def test_more_rows_than_memory_holds_are_refused_with_their_size(model: Model, rows: int) -> None:
+    encoded = model.encode(input_ids=np.array([[5, 2]]))
+    with pytest.raises(UsageError, match=r"buffers for 10+ rows .* take [\d,]+ GiB of memory.*fewer beams \(num_beams"):
+        model.decode(encoded, beams=rows)
+    if rows == 10**9:
+        with pytest.raises(UsageError, match=r"take 183,378 GiB of memory"):
+            model.generate(input_ids=np.array([[5, 2]]), num_beams=rows)
+
+
+def test_memory_that_the_system_refuses_is_told_likewise(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise MemoryError
+
+    decoder = model.decode(model.encode(input_ids=np.array([[5, 2]])))
+    monkeypatch.setattr(Runner, "zeros", refuse)
+    with pytest.raises(UsageError, match=r"buffers for 1 rows .* take 1 GiB of memory"):
+        decoder.feed(np.array([[1]]))
+
+
+def test_sources_that_do_not_fit_the_decoder_are_refused(model: Model) -> None:
+    encoded = model.encode(input_ids=np.array([[5, 2], [6, 2]]))
+    with pytest.raises(UsageError, match=r"expected decode\(model.encode\(...\)\), got no sources"):
+        model.decode()
+    with pytest.raises(UsageError, match="batch=3 and 2 encoded sources: leave batch out"):
+        model.decode(encoded, batch=3)
+    with pytest.raises(InputError, match=r"expected what encode\(\) gave, got dict"):
+        model.decode({})  # type: ignore[arg-type]
+    assert model.decode(encoded, batch=2).feed(np.array([[1], [1]])).shape[0] == 2
+
+
+def test_another_models_sources_are_refused(model: Model) -> None:
+    """Another's have other layers, sizes, dtypes or no mask; all of it is told at once."""
+    encoded = model.encode(input_ids=np.array([[5, 6, 2]]))
+    runner = model.session._runners["decoder"]
+    values = dict(encoded.values)
+    values["cross_key.7"] = values.pop("cross_key.0")
+    values["cross_key.1"] = runner.tensor(np.zeros((1, 3, 3, 32), np.float32))
+    values["cross_value.1"] = runner.tensor(np.zeros((1, 3, 3, 64), np.float16))
+    with pytest.raises(InputError) as caught:
+        model.decode(replace(encoded, values=values, mask=None))
+    for part in (
+        "these encoded sources are not this model's; expected what its own encode() gave",
+        "cross_key.0: missing; expected cross_key.0 float32 [B,3,T,64]",
+        "cross_key.1: expected float32 [B,3,T,64], got float32 [1, 3, 3, 32]",
+        "cross_key.7: unknown",
+        "cross_value.1: expected float32 [B,3,T,64], got float16 [1, 3, 3, 64]",
+        "encoder_attention_mask: expected the mask",
+    ):
+        assert part in str(caught.value)
+    for wrong in (replace(encoded, batch=2), replace(encoded, mask=np.ones((1, 4), np.int64))):
+        with pytest.raises(InputError, match="not this model's"):
+            model.decode(wrong)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 2}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"decoder_start_token_id": 73},
+            "decoder_start_token_id: expected ids of this model's vocabulary, 0 to 72, got 73",
+        ),
+        ({"decoder_start_token_id": 10**20}, "decoder_start_token_id: expected an integer"),
+        ({"decoder_input_ids": [[1, 73]]}, "decoder_input_ids: expected ids .* 0 to 72, got 73"),
+        ({"decoder_input_ids": [[-1, 5]]}, "decoder_input_ids: expected ids .* 0 to 72, got -1"),
+        ({"decoder_input_ids": [[2**63]]}, "decoder_input_ids: expected ids .* got 9223372036854775808"),
+        ({"decoder_input_ids": [[10**20]]}, r"expected int64 \[B,P\].* got object"),
+    ],
+)
+def test_starts_out_of_the_vocabulary_are_the_callers_fault(
+    model: Model, arguments: dict[str, Any], message: str, search: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        model.generate(input_ids=np.array([[5, 2]]), max_new_tokens=2, **arguments, **search)
+    assert caught.value.exit_code == 2
+
+
+def test_rows_stay_with_their_source(model: Model) -> None:
+    """The cross K/V stay where they are, so a row that took over another source's would read the wrong one."""
+    decoder = model.decode(model.encode(input_ids=np.array([[5, 2], [6, 2]])), beams=2)
+    decoder.feed(np.ones((4, 1), np.int64))
+    for wrong in ([0, 1, 1, 3], [2, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, -1]):
+        with pytest.raises(InputError, match=r"from 0 to 3, each within its source's 2 adjacent rows"):
+            decoder.reorder(np.array(wrong))
+    for wrong in ([0, 1], [0.0, 1.0, 2.0, 3.0]):
+        with pytest.raises(InputError, match=r"rows: expected int64 \[4\], got"):
+            decoder.reorder(np.array(wrong))
+    decoder.reorder(np.array([1, 1, 3, 2]))
