@@ -232,12 +232,15 @@ def _side_by_side(
     key = tuple(values)
     if key in packed:
         return packed[key]
-    there = [_tensor(value) for value in values if value is not None]
-    dtype, rows = there[0].dtype, there[0].shape.numpy()[:-1]
+    tensors = [
+        None if value is None else _tensor(value) for value in values
+    ]  # as they are now: a lowering may swap them
+    like = next(tensor for tensor in tensors if tensor is not None)
+    dtype, rows = like.dtype, like.shape.numpy()[:-1]
 
     def join() -> ir.TensorProtocol:
         zeros = (np.zeros((*rows, width), dtype.numpy()) for width in widths)
-        parts = [zero if value is None else _tensor(value).numpy() for value, zero in zip(values, zeros, strict=True)]
+        parts = [zero if tensor is None else tensor.numpy() for tensor, zero in zip(tensors, zeros, strict=True)]
         return ir.Tensor(np.concatenate(parts, axis=-1), dtype=dtype, name=name)
 
     name = "|".join("zeros" if value is None else str(value.name) for value in values)

@@ -17,6 +17,9 @@ from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyErr
 
 MOST_THREADS = 4096  # far beyond any machine; the engine starts as many as it is told, or ends the process
 
+# Idle workers would spin on: the encoder's against the decoder's first steps, both against the caller (docs/decisions.md 13).
+CONFIGURATION = {"session.force_spinning_stop": "1"}
+
 Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types
 
@@ -64,8 +67,8 @@ class Runner:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and said once
-        # Waiting workers would spin on for some 40 ms: the encoder's against the decoder's first steps, both against the caller.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        for key, value in CONFIGURATION.items():
+            options.add_session_config_entry(key, value)
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:

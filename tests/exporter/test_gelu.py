@@ -1,16 +1,13 @@
 """Written-out GELUs: every spelling that fuses, what must not and why, and that the numbers stay."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
-from numpy.typing import NDArray
 
+from tests.exporter.plain_engine import run
 from txopt.exporter.fusion.gelu import fuse
 from txopt.exporter.graph import count
 
@@ -82,17 +79,10 @@ def model(nodes: str, dtype: str = "float") -> ir.Model:
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
-def run(graph: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # else it fuses by itself
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options)
-    return np.asarray(session.run(None, dict(feeds))[0])
-
-
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_a_gelu_fuses_and_says_the_same(name: str) -> None:
     approximate, nodes = SPELLINGS[name]
-    before = run(model(nodes), {"x": X})
+    before = run(model(nodes), {"x": X})[0]
     graph = model(nodes)
     report = fuse(graph)
     assert (report.fused, report.refused) == (1, [])
@@ -100,15 +90,15 @@ def test_a_gelu_fuses_and_says_the_same(name: str) -> None:
     (node,) = graph.graph
     assert node.attributes["approximate"].as_string() == approximate
     onnx.checker.check_model(ir.to_proto(graph), full_check=True)
-    np.testing.assert_allclose(run(graph, {"x": X}), before, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(run(graph, {"x": X})[0], before, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_constants_that_float16_rounded_are_known(name: str) -> None:
     graph = model(SPELLINGS[name][1], "float16")
     assert fuse(graph).fused == 1
-    before = run(model(SPELLINGS[name][1], "float16"), {"x": X.astype(np.float16)})
-    np.testing.assert_allclose(run(graph, {"x": X.astype(np.float16)}), before, rtol=0, atol=8e-3)
+    before = run(model(SPELLINGS[name][1], "float16"), {"x": X.astype(np.float16)})[0]
+    np.testing.assert_allclose(run(graph, {"x": X.astype(np.float16)})[0], before, rtol=0, atol=8e-3)
 
 
 def test_a_gate_outside_stays() -> None:

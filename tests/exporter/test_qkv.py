@@ -1,16 +1,16 @@
 """Q, K and V side by side: what becomes one projection, what must not and why, and that the numbers stay."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from tests.exporter.plain_engine import run
 from txopt.exporter import fusion
 from txopt.exporter.fusion.qkv import fuse
 from txopt.exporter.graph import count
@@ -140,14 +140,6 @@ class Block:
         shapes = {name: [lengths.get(axis, axis) for axis in shape] for name, shape in self.inputs.items()}
         feeds: dict[str, Array] = {name: random.normal(size=shape).astype(self.dtype) for name, shape in shapes.items()}
         return feeds | ({"position": np.arange(2)} if "position" in feeds else {})
-
-
-def run(model: ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # else it fuses by itself
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    results: list[Array] = session.run(None, dict(feeds))
-    return results
 
 
 def check_same(block: Block, model: ir.Model) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from tests.exporter.plain_engine import run
 from txopt.exporter.fusion.reshape import fuse
 from txopt.exporter.graph import count
 
@@ -53,14 +53,6 @@ class Chain:
         )
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=10)
         return ir.from_proto(onnx.shape_inference.infer_shapes(model, strict_mode=True))
-
-
-def run(model: ir.Model, feeds: Mapping[str, Array]) -> list[Array]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # else it merges by itself
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    results: list[Array] = session.run(None, dict(feeds))
-    return results
 
 
 def numbers(*lengths: int) -> Array:

@@ -3,9 +3,9 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
+from tests.exporter.plain_engine import run
 from txopt.exporter.fusion.scale import fuse
 from txopt.exporter.graph import count
 
@@ -57,24 +57,17 @@ def model(nodes: str) -> ir.Model:
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
-def run(graph: ir.Model) -> np.ndarray:
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
-    return np.asarray(
-        session.run(None, {name: FEEDS[name] for name in (item.name for item in session.get_inputs())})[0]
-    )
-
-
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_factor_joins_the_scale(name: str) -> None:
     nodes, scale = SPELLINGS[name]
-    before, graph = run(model(nodes)), model(nodes)
+    before, graph = run(model(nodes), FEEDS)[0], model(nodes)
     report = fuse(graph)
     assert (report.fused, report.refused) == (1, [])
     assert not {"Mul", "Div"} & count(graph).keys()
     (attention,) = (node for node in graph.graph if node.op_type == "Attention")
     assert attention.attributes["scale"].as_float() == pytest.approx(scale)
     onnx.checker.check_model(ir.to_proto(graph), full_check=True)
-    np.testing.assert_allclose(run(graph), before, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(graph, FEEDS)[0], before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
