@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +39,8 @@ def variants(work: Path) -> dict[str, Model]:
             models[f"without fusion/{name}"] = load(export(source, work / name).path)
     with patch.object(ort, "CONFIGURATION", {}):
         models["without idle threads asleep"] = load(whole)
+    with patch.object(ort, "collapsed", nullcontext):
+        models["without large pages"] = load(whole)
     return models
 
 

@@ -117,7 +117,7 @@ def _sequential(run: _Run, sequences: Ids) -> Iterator[Ids]:
         if active:
             processors(sequences[:, :length], logits)
         chosen = logits.argmax(axis=1) if generator is None else draw(logits, generator, length, run.options)
-        if active and generator is None:
+        if active and generator is None and not chosen.all():  # where every token is removed, argmax says 0
             _check_left(logits[every_row, chosen], finished, length, run.options)
         if rows == 1:
             done = chosen.item() in end_ids

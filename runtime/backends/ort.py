@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from txopt.runtime.backends.huge_pages import collapsed
 from txopt.runtime.counts import count
 from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, TxoptError, UsageError
 
@@ -72,7 +73,8 @@ class Runner:
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            with collapsed():
+                self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as err:  # the library raises a dozen kinds, without a common base
             raise ArtifactError(
                 f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot open this graph (opset 24 needs 1.30 or newer): {err}"
