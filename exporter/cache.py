@@ -57,11 +57,20 @@ class DecodeState:
     def is_cross(self, key: Tensor) -> bool:
         return any(key is k for k, _ in self.cross_kv)
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, *self.write(layer, k, v), self.causal, q.shape[-1] ** -0.5)
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        mask = self.causal if bias is None else self._rows(bias)
+        return attention(q, *self.write(layer, k, v), mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
-        return cross_attention(q, *self.cross_kv[layer], self.folded, q.shape[-1] ** -0.5)
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return cross_attention(q, *self.cross_kv[layer], self.folded, scale)
+
+    def _rows(self, bias: Tensor) -> Tensor:
+        """A bias [..,L,L] of all positions at this call's: [R,H or 1,Q,S]."""
+        by_head = bias.reshape(-1, *bias.shape[-2:])  # [H or 1,L,L]
+        return by_head[:, self.positions].transpose(0, 1)[..., : self.self_kv[0][0].shape[2]]
 
 
 class CrossCollector:
@@ -71,10 +80,12 @@ class CrossCollector:
         self.positions = torch.zeros_like(tokens)
         self.cross_kv: list[KV] = []
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
         return v  # one token attends to itself alone
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
         if layer != len(self.cross_kv):
             raise SourceError(
                 f"decode() asks for cross-attention of layer {layer} after {len(self.cross_kv)} layers: number them 0, 1, ..."

@@ -39,19 +39,19 @@ def load(source: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) ->
     Raises:
         SourceError: nothing there, nothing that txopt supports, or not cached where the machine is offline.
     """
-    from txopt.exporter.custom_source import CustomSource
+    from txopt.exporter.custom_source import open_module
 
     if not isinstance(source, (str, Path)):
         written_in = getattr(sys.modules.get(type(source).__module__), "__file__", None)
         file = Path(written_in) if written_in else None
-        return _custom(CustomSource(_cast(source, dtype)), type(source).__qualname__, file)
+        return _custom(open_module(_cast(source, dtype)), type(source).__qualname__, file)
     directory = Path(source)
     if directory.is_dir():
         return _checkpoint(directory, str(directory.name), dtype, trust_remote_code)
     text = str(source)
     if _FACTORY.fullmatch(text):
         module, path = _call_factory(text)
-        return _custom(CustomSource(_cast(module, dtype)), text, path)
+        return _custom(open_module(_cast(module, dtype)), text, path)
     if directory.exists() or not _HUB_ID.fullmatch(text):
         raise SourceError(f"{text}: expected a checkpoint's directory, a hub id, or package.module:factory")
     return _checkpoint(_cached(text), text, dtype, trust_remote_code)

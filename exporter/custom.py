@@ -37,10 +37,16 @@ class DecodeCache(Protocol):
     def positions(self) -> Tensor:
         """int64 [R,Q]: the position of every query token in its own row."""
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention over this and all earlier tokens of the row; q, k, v and the result are [R,H,Q,D]."""
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Causal attention over this and all earlier tokens of the row; q, k, v and the result are [R,H,Q,D].
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
+        ``bias`` [..,L,L] for all query and key positions, boolean or additive, stands for the causal mask and must be causal;
+        ``scale`` is D ** -0.5 unless given.
+        """
+
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
         """Attention over the source; ``kv()`` gives K and V, each [B,H,T,D], and is called only when they are not cached."""
 
 
@@ -66,8 +72,12 @@ class FullSequence:
         self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         self._source = attention_mask.bool()[:, None, None, :]
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        length = q.shape[2]
+        mask = None if bias is None else bias[..., :length, :length]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=bias is None, scale=scale)
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
-        return scaled_dot_product_attention(q, *kv(), attn_mask=self._source)
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
+        return scaled_dot_product_attention(q, *kv(), attn_mask=self._source, scale=scale)

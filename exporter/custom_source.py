@@ -1,5 +1,6 @@
 """Anyone's own encoder-decoder (custom.py) as a ``Source``."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from txopt.exporter.cache import CrossCollector, DecodeState
 from txopt.exporter.custom import CrossKV, FullSequence
 from txopt.exporter.families.family import TEXT
+from txopt.exporter.incremental import Incremental
+from txopt.exporter.incremental_check import check
+from txopt.exporter.precision import in_float32
 from txopt.exporter.source import KV, Facts, Forward, Generated
 from txopt.runtime.errors import SourceError, explain
 
@@ -23,14 +27,16 @@ class _Recording(FullSequence):
         self.self_kv: list[KV] = []
         self.cross_kv: list[KV] = []
 
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def self_attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
         self.self_kv.append((k, v))
-        return super().self_attention(layer, q, k, v)
+        return super().self_attention(layer, q, k, v, bias=bias, scale=scale)
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
+    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
         pair = kv()
         self.cross_kv.append(pair)
-        return super().cross_attention(layer, q, lambda: pair)
+        return super().cross_attention(layer, q, lambda: pair, scale=scale)
 
 
 class CustomSource:
@@ -102,6 +108,36 @@ class CustomSource:
         return Generated(ids)
 
 
+class CachelessSource(CustomSource):
+    """A module whose decode(tokens, memory, memory_mask) takes all tokens at once: its cache is derived (incremental.py).
+
+    PyTorch's answers are the full sequence's own; the derived decoder has no say in them.
+    """
+
+    def __init__(self, module: Any) -> None:
+        _check(module)
+        super().__init__(Incremental(module.eval().requires_grad_(False)))
+        self._whole = module
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        ids = torch.full_like(mask, int(module.special_ids["eos_token_id"]))
+        with torch.no_grad(), in_float32(self):
+            found = super().forward({"input_ids": ids, "attention_mask": mask}, torch.zeros(2, 2, dtype=torch.int64))
+            assert found.memory is not None
+            check(self.module, self.facts.vocabulary, found.self_kv, found.cross_kv, (found.memory, mask))
+
+    def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
+        derived = super().forward(inputs, tokens)
+        logits = self._whole.decode(tokens, derived.memory, inputs["attention_mask"])
+        return Forward(derived.memory, logits.float(), derived.self_kv, derived.cross_kv)
+
+
+def open_module(module: Any) -> CustomSource:
+    """The source of a module by what its decode() takes: a ``cache`` to write to, or all tokens at once."""
+    decode = getattr(module, "decode", None)
+    names = list(inspect.signature(decode).parameters) if callable(decode) else []
+    return CustomSource(module) if "cache" in names or len(names) != 3 else CachelessSource(module)
+
+
 def _tried(module: Any, limit: int | None) -> tuple[int, int]:
     """(memory width, vocabulary) from one real call, as long as the module says a target may be.
 
@@ -115,6 +151,8 @@ def _tried(module: Any, limit: int | None) -> tuple[int, int]:
         with torch.no_grad():
             memory = module.encode(ids, torch.ones_like(ids))
             logits = module.decode(tokens, memory, FullSequence(tokens, torch.ones_like(ids)))
+    except SourceError:
+        raise
     except Exception as err:  # whatever a stranger's code raises
         raise SourceError(
             f"a trial call failed (source of 2 eos ids, {tokens.shape[1]} start ids to decode): {type(err).__name__}: {err}; "

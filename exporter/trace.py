@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
+from txopt.exporter.plain import plain_modules
 from txopt.exporter.source import KV, Input, Source
 from txopt.runtime.errors import SourceError, TxoptError
 from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
@@ -75,7 +76,7 @@ class _Decoder(nn.Module):
 
 def trace(source: Source, dtype: torch.dtype) -> Trace:
     """The neutral graphs of ``source``, whose weights are ``dtype`` already (but for its FP32 islands)."""
-    with torch.no_grad(), _quiet(), _Finite():
+    with torch.no_grad(), _quiet(), _Finite(), plain_modules():
         if source.facts.kind == "decoder":
             return _trace_decoder(source, dtype, memory=None, cross=[])
         examples = [example(item, dtype) for item in source.facts.inputs]
@@ -216,12 +217,14 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints and warns about its own insides; a user can act on none of it."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript.optimizer")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,337 @@
+"""Decoders that were written without a cache, made incremental: ``decode(tokens, memory, memory_mask)`` as the custom protocol.
+
+The full-sequence decoder becomes a graph of PyTorch operators once, and is then run node by node on the new tokens alone:
+
+1. What depends on the target's length alone (positions, causal masks, relative biases) is computed once for the greatest length,
+   checked to be a prefix at a shorter one, and read by position.
+2. Self-attention over the tokens writes K and V into the cache and reads those of all earlier tokens.
+3. Cross-attention takes the source's K and V from the cache; what makes them runs only where they are asked for.
+4. Everything else must act on each position alone; incremental_check.py names the first node that does not.
+
+Knows PyTorch operators, no model and no ONNX. The proof of the whole is parity with the full sequence, as for every source.
+"""
+
+import operator
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from txopt.exporter import written_attention
+from txopt.exporter.custom import DecodeCache
+from txopt.exporter.plain import plain_modules
+from txopt.runtime.errors import SourceError
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_SIZE = torch.ops.aten.sym_size.int
+_BY_SHAPE_ALONE = (
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
+_MASKED = -1e4  # an additive mask at or below this lets nothing through
+
+
+class Kind(Enum):
+    """What a node's value depends on."""
+
+    CONSTANT = "nothing that is given"
+    LENGTH = "the target's length alone"
+    SOURCE = "the source"
+    TOKENS = "the target's tokens"
+
+
+class FullDecoder(nn.Module):
+    """decode() of a module, as the one call that is made a graph."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        logits: Tensor = self.module.decode(tokens, memory, memory_mask)
+        return logits
+
+
+class Incremental(nn.Module):
+    """``module`` with the custom protocol's decode(); see the module's docstring.
+
+    Args:
+        module: encode(input_ids, attention_mask) and decode(tokens, memory, memory_mask), ``special_ids`` and ``max_length``.
+
+    Raises:
+        SourceError: decode() cannot be made a graph, looks at later tokens, or has masks that depend on the tokens.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        limit = getattr(module, "max_length", None)
+        if not isinstance(limit, int) or limit < 2:
+            raise SourceError(
+                f"decode() without a cache needs max_length, the longest target, as a number; got {limit!r}"
+            )
+        self.module, self.special_ids, self.max_length = module, module.special_ids, limit
+        for name in ("tokenizers", "source_vocabulary", "max_source_length"):
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
+        self.graph = graph_of(module)
+        kinds = _kinds(self.graph.graph)
+        written_attention.fuse(self.graph.graph, lambda node: kinds[node] is Kind.TOKENS)
+        self.nodes = [node for node in self.graph.graph.nodes if node.op in ("get_attr", "call_function", "output")]
+        self.tokens, self.memory, self.mask = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+        self.kinds = _kinds(self.graph.graph)
+        self.tables = self._tables()
+        self.registered = nn.ModuleList(self.tables.values())
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        memory: Tensor = self.module.encode(input_ids, attention_mask)
+        return memory
+
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        return Step(self, tokens, memory, cache).run()
+
+    def _tables(self) -> dict[fx.Node, "Table"]:
+        """A table for every value that depends on the length alone and meets the tokens."""
+        longest, shorter = (self._by_length(length) for length in (self.max_length, self.max_length - 1))
+        met = [node for node in longest if any(self.kinds[user] is Kind.TOKENS for user in node.users)]
+        return {node: Table(node, longest[node], shorter[node]) for node in met}
+
+    def _by_length(self, length: int) -> dict[fx.Node, Tensor]:
+        """The tensors that depend on the length alone, for one row of this length."""
+        values: dict[fx.Node, Any] = {self.tokens: torch.zeros(1, length, dtype=torch.int64)}
+        with torch.no_grad():
+            for node in self.nodes:
+                if node.op == "get_attr":
+                    values[node] = self.parameter(node)
+                elif (
+                    node.op == "call_function"
+                    and self._computable(node)
+                    and all(each in values for each in node.all_input_nodes)
+                ):
+                    values[node] = call(node, values)
+        return {n: v for n, v in values.items() if self.kinds[n] is Kind.LENGTH and isinstance(v, Tensor)}
+
+    def parameter(self, node: fx.Node) -> Any:
+        """What a get_attr node names."""
+        return operator.attrgetter(str(node.target))(self.graph)
+
+    def _computable(self, node: fx.Node) -> bool:
+        return self.kinds[node] in (Kind.LENGTH, Kind.CONSTANT)
+
+
+class Table(nn.Module):
+    """A value of the target's length, for the greatest length: read by position where the tokens meet it."""
+
+    value: Tensor
+
+    def __init__(self, node: fx.Node, longest: Tensor, shorter: Tensor) -> None:
+        super().__init__()
+        self.node = node
+        self.register_buffer("value", longest, persistent=False)
+        self.axes = [axis for axis, (a, b) in enumerate(zip(longest.shape, shorter.shape, strict=True)) if a != b]
+        prefix = longest
+        for axis in self.axes:
+            prefix = prefix.narrow(axis, 0, shorter.shape[axis])
+        if not torch.equal(prefix, shorter):
+            raise SourceError(
+                f"{place(node)} is something else for every length of the target: one more token changes what was"
+            )
+        visible = longest if longest.dtype == torch.bool else longest > _MASKED
+        relates = self.axes == [longest.dim() - 2, longest.dim() - 1]
+        self.sees_later = not relates or bool(visible.triu(1).any())
+        plain = longest.dtype == torch.bool or not bool(longest[visible].any())
+        self.is_causal_mask = relates and plain and torch.equal(visible, torch.ones_like(visible).tril())
+
+    def rows(self, positions: Tensor, rank: int, batch: int) -> Tensor:
+        """The value at ``positions`` [R,Q], broadcastable to ``rank`` axes of which ``batch`` is the rows'."""
+        if not self.axes:
+            return self.value
+        if len(self.axes) > 1:
+            raise SourceError(f"{place(self.node)} relates positions to each other outside of an attention")
+        wide = self.value.reshape((1,) * (rank - self.value.dim()) + tuple(self.value.shape))
+        axis = self.axes[0] + rank - self.value.dim()
+        if axis == batch or wide.shape[batch] != 1:
+            raise SourceError(f"{place(self.node)}: the rows of the batch cannot be told from its other axes")
+        found = wide.movedim((axis, batch), (0, 1)).squeeze(1)[positions]  # [R,Q, the other axes]
+        others = [each for each in range(rank) if each not in (axis, batch)]
+        return found.permute(*([batch, axis, *others].index(each) for each in range(rank)))
+
+
+class Step:
+    """One call of decode(): new tokens [R,Q] through the graph."""
+
+    def __init__(self, decoder: Incremental, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> None:
+        self._decoder, self._cache, self._tokens, self._memory = decoder, cache, tokens, memory
+        self.values: dict[fx.Node, Any] = {decoder.tokens: tokens, decoder.memory: memory}
+        self._layers = {"self": 0, "cross": 0}
+
+    def run(self) -> Tensor:
+        kinds = self._decoder.kinds
+        for node in self._decoder.nodes:
+            if node.op == "output":
+                logits: Tensor = self.values[node.args[0][0]]
+                return logits
+            if node.op == "get_attr":
+                self.values[node] = self._decoder.parameter(node)
+            elif kinds[node] is Kind.TOKENS:
+                self.values[node] = (
+                    self._attend(node) if node.target is ATTENTION else call(node, _Arguments(self, node))
+                )
+        raise AssertionError("a graph ends with its output")
+
+    def _compute(self, node: fx.Node) -> Any:
+        try:
+            return call(node, _Arguments(self, node))
+        except RuntimeError as err:
+            reason = str(err).strip().split("\n")[0]
+            raise SourceError(f"{place(node)} cannot run on the new tokens alone: {reason}") from err
+
+    def value(self, node: fx.Node) -> Any:
+        """A node's value, computed where it is not there yet: constants, sizes, and what the source gives."""
+        if node not in self.values:
+            self.values[node] = self._size(node) if node.target is _SIZE else call(node, _Arguments(self, node))
+        return self.values[node]
+
+    def _size(self, node: fx.Node) -> int:
+        of, axis = cast(tuple[fx.Node, int], node.args)
+        if of is self._decoder.mask:  # [B,T], as memory's first two axes
+            of = self._decoder.memory
+        size: int = self.value(of).shape[axis]
+        return size
+
+    def met(self, node: fx.Node, user: fx.Node) -> Any:
+        """``node`` as ``user`` takes it: a table gives the rows of these positions."""
+        table = self._decoder.tables.get(node)
+        if table is None or self._decoder.kinds[user] is not Kind.TOKENS:
+            return self.value(node)
+        rank, batch = _rank_and_rows(user, self._decoder.tokens)
+        return table.rows(self._cache.positions, rank, batch)
+
+    def _attend(self, node: fx.Node) -> Tensor:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+        kinds = self._decoder.kinds
+        query: Tensor = self.value(given["query"])
+        scale = given.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        key, value, mask = given["key"], given["value"], given.get("attn_mask")
+        if kinds[key] is Kind.SOURCE and kinds[value] is Kind.SOURCE:
+            layer = self._next("cross")
+            return self._cache.cross_attention(layer, query, lambda: (self.value(key), self.value(value)), scale=scale)
+        if kinds[key] is not Kind.TOKENS or kinds[value] is not Kind.TOKENS:
+            raise SourceError(f"{place(node)}: expected K and V of the tokens or of the source, found neither")
+        table = None
+        if mask is not None:
+            table = self._decoder.tables.get(mask)
+            if table is None:
+                raise SourceError(
+                    f"{place(node)}: its mask depends on {kinds[mask].value}; a cached decoder's may depend on the length alone "
+                    "(targets need no padding mask: they are not padded)"
+                )
+            if table.sees_later:
+                raise SourceError(
+                    f"{place(table.node)}: this mask lets tokens see later ones; a decoder must be causal"
+                )
+        elif not given.get("is_causal", False):
+            raise SourceError(
+                f"{place(node)}: self-attention without a mask sees later tokens; a decoder must be causal"
+            )
+        bias = None if table is None or table.is_causal_mask else table.value
+        return self._cache.self_attention(
+            self._next("self"), query, self.value(key), self.value(value), bias=bias, scale=scale
+        )
+
+    def _next(self, kind: str) -> int:
+        self._layers[kind] += 1
+        return self._layers[kind] - 1
+
+
+class _Arguments(Mapping[fx.Node, Any]):
+    """The values of a node's inputs, as that node takes them."""
+
+    def __init__(self, step: Step, user: fx.Node) -> None:
+        self._step, self._user = step, user
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self._step.met(node, self._user)
+
+    def __iter__(self) -> Any:
+        return iter(self._user.all_input_nodes)
+
+    def __len__(self) -> int:
+        return len(self._user.all_input_nodes)
+
+
+def graph_of(module: Any) -> fx.GraphModule:
+    """decode() as a graph of PyTorch operators over any batch, target and source length."""
+    batch, source = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("B", "T"))
+    length = torch.export.Dim("L", min=1, max=module.max_length)
+    ids = torch.ones(2, 5 if module.max_length > 5 else 2, dtype=torch.int64)
+    try:
+        with torch.no_grad(), plain_modules():
+            mask = torch.ones(2, 7, dtype=torch.int64)
+            memory = module.encode(mask * int(module.special_ids["eos_token_id"]), mask)
+            shapes = ({0: batch, 1: length}, {0: batch, 1: source}, {0: batch, 1: source})
+            program = torch.export.export(FullDecoder(module.eval()), (ids, memory, mask), dynamic_shapes=shapes)
+    except Exception as err:  # torch raises a dozen kinds, with pages of text
+        reason = str(err).strip().split("\n")[0]
+        raise SourceError(
+            f"decode(tokens, memory, memory_mask) cannot be made a graph: {reason}; control flow on the values of tensors and "
+            "fixed lengths are the usual causes; the explicit protocol of docs/custom.md takes a cache instead"
+        ) from err
+    found: Any = program.module()
+    for node in [node for node in found.graph.nodes if node.op == "call_module"]:
+        found.graph.erase_node(node)  # checks of the lengths, which a step does not have
+    return fx.GraphModule(found, found.graph)  # a plain one: that of an exported program refuses eval()
+
+
+def place(node: fx.Node) -> str:
+    """Where a node comes from, as a person finds it: module path and operator."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]).removeprefix("L['self'].").removeprefix("module.") if stack else ""
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return f"node {node.name} ({name}{f' in {path}' if path else ''})"
+
+
+def _kinds(graph: fx.Graph) -> dict[fx.Node, Kind]:
+    tokens, memory, mask = [node for node in graph.nodes if node.op == "placeholder"]
+    kinds = {tokens: Kind.TOKENS, memory: Kind.SOURCE, mask: Kind.SOURCE}
+    for node in graph.nodes:
+        if node in kinds:
+            continue
+        if node.target is _SIZE:
+            kinds[node] = Kind.LENGTH if node.args[0] is tokens else Kind.SOURCE
+            continue
+        by_shape = getattr(node.target, "__name__", "").partition(".")[0] in _BY_SHAPE_ALONE
+        found = {kinds[each] for each in node.all_input_nodes}
+        if Kind.TOKENS in found and not by_shape:
+            kinds[node] = Kind.TOKENS
+        elif Kind.SOURCE in found:
+            kinds[node] = Kind.SOURCE
+        else:
+            kinds[node] = Kind.LENGTH if found - {Kind.CONSTANT} else Kind.CONSTANT
+    return kinds
+
+
+def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    arguments = fx.map_arg(node.args, values.__getitem__)
+    named = fx.map_arg(node.kwargs, values.__getitem__)
+    assert callable(node.target)
+    return node.target(*arguments, **named)
+
+
+def _rank_and_rows(user: fx.Node, tokens: fx.Node) -> tuple[int, int]:
+    """Rank of what ``user`` makes, and its axis of rows: the one whose length is the tokens' batch."""
+    shape = user.meta["val"].shape
+    rows = tokens.meta["val"].shape[0]
+    axes = [axis for axis, size in enumerate(shape) if str(size) == str(rows)]
+    if len(axes) != 1:
+        raise SourceError(f"{place(user)}: the rows of the batch cannot be told from its other axes")
+    return len(shape), axes[0]

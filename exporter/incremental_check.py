@@ -1,0 +1,74 @@
+"""Whether everything but attention acts on each position alone: the whole sequence against one token at a time, node by node."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from txopt.exporter.cache import KV, DecodeState
+from txopt.exporter.incremental import Incremental, Kind, Step, call, place
+from txopt.runtime.errors import SourceError
+
+LENGTH = 6
+TOLERANCE = 1e-3  # of a value's largest magnitude; rounding is far below, another answer far above
+
+
+def check(
+    decoder: Incremental, vocabulary: int, self_kv: list[KV], cross_kv: list[KV], inputs: tuple[Tensor, Tensor]
+) -> None:
+    """Raises SourceError with the first node whose value at a position is not the one that a step computes.
+
+    Args:
+        decoder: derived.
+        vocabulary: ids to draw from.
+        self_kv: K and V of any target by layer, for their heads and sizes. cross_kv: K and V of the source of ``inputs``.
+        inputs: memory [B,T,M] and its mask [B,T].
+    """
+    memory, mask = inputs
+    length = min(LENGTH, decoder.max_length)
+    tokens = torch.randint(0, vocabulary, (len(memory), length), generator=torch.Generator().manual_seed(0))
+    whole = _whole(decoder, tokens, memory, mask)
+    shapes = [(len(memory), k.shape[1], length, k.shape[3]) for k, _ in self_kv]
+    buffers = [(torch.zeros(shape, dtype=memory.dtype), torch.zeros(shape, dtype=memory.dtype)) for shape in shapes]
+    order = {node: index for index, node in enumerate(decoder.nodes)}
+    wrong: set[fx.Node] = set()
+    for position in range(length):
+        now = tokens[:, position : position + 1]
+        state = DecodeState(now, torch.full((len(memory),), position), buffers, cross_kv, mask)
+        step = Step(decoder, now, memory, state)
+        step.run()
+        wrong |= {
+            node
+            for node, value in step.values.items()
+            if node in whole and _differs(node, value, whole[node], position)
+        }
+    if wrong:
+        node = min(wrong, key=order.__getitem__)
+        raise SourceError(
+            f"{place(node)} mixes positions: a token's result depends on others beside it, and only attention may do that in a "
+            "decoder that generates step by step"
+        )
+
+
+def _whole(decoder: Incremental, tokens: Tensor, memory: Tensor, mask: Tensor) -> dict[fx.Node, Tensor]:
+    """What every node that depends on the tokens gives for the whole sequence."""
+    values: dict[fx.Node, Any] = {decoder.tokens: tokens, decoder.memory: memory, decoder.mask: mask}
+    for node in decoder.nodes:
+        if node.op != "output":
+            values[node] = decoder.parameter(node) if node.op == "get_attr" else call(node, values)
+    return {
+        n: v
+        for n, v in values.items()
+        if n in decoder.kinds and decoder.kinds[n] is Kind.TOKENS and isinstance(v, Tensor)
+    }
+
+
+def _differs(node: fx.Node, step: Tensor, whole: Tensor, position: int) -> bool:
+    axes = [axis for axis, (a, b) in enumerate(zip(step.shape, whole.shape, strict=False)) if a != b]
+    if step.dim() != whole.dim() or len(axes) > 1 or (axes and step.shape[axes[0]] != 1):
+        return False  # positions and something else in one axis: what is made of it is compared
+    there = whole.narrow(axes[0], position, 1) if axes else whole
+    if not step.is_floating_point():
+        return not torch.equal(step, there)
+    largest = max(1.0, float(there.abs().max()))
+    return not bool(((step - there).abs() <= TOLERANCE * largest).all())

@@ -1,0 +1,149 @@
+"""Attention that a decoder writes out, in a graph of PyTorch operators, as the one operator for it.
+
+    q -> [Mul/Div number] -> matmul(k^T) -> {Mul/Div number, masked_fill, where, + bias} -> softmax -> matmul(v)
+
+becomes scaled_dot_product_attention, with the numbers as its scale and everything masked or added as its mask. Left as it is: a
+softmax over another axis, a number that multiplies masks too, inner results that something else reads, masks of two kinds at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+_SOFTMAX = (_aten.softmax.int, _aten._softmax.default)
+_MATMUL = (_aten.matmul.default, _aten.bmm.default)
+_MULTIPLY = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: -1, _aten.div.Scalar: -1}
+_FILL = (_aten.masked_fill.Scalar, _aten.masked_fill_.Scalar)
+_MASKED = -1e4
+
+
+@dataclass
+class _Scores:
+    """What was found above a softmax; each mask with whether True (or 0) lets a key through."""
+
+    scale: float = 1.0
+    hidden: list[fx.Node] = field(default_factory=list)  # boolean, True where nothing is seen
+    visible: list[fx.Node] = field(default_factory=list)  # boolean, True where something is seen
+    added: list[fx.Node] = field(default_factory=list)
+
+
+def fuse(graph: fx.Graph, of_tokens: Callable[[fx.Node], bool]) -> int:
+    """Rewrites ``graph``; ``of_tokens`` says what depends on the tokens. Gives the number of attentions found."""
+    found = 0
+    for dropout in [
+        node for node in graph.nodes if node.target is _aten.dropout.default
+    ]:  # that of eval(), which does nothing
+        dropout.replace_all_uses_with(dropout.args[0])
+        graph.erase_node(dropout)
+    for softmax in [node for node in graph.nodes if node.target in _SOFTMAX]:
+        axis, rank = softmax.args[1], len(softmax.meta["val"].shape)
+        last = _product(softmax)
+        match = _scores(softmax.args[0], of_tokens)
+        if axis not in (-1, rank - 1) or rank != 4 or last is None or match is None:
+            continue
+        q, k, scores = match
+        if bool(scores.hidden) + bool(scores.visible) + bool(scores.added) > 1:
+            continue
+        with graph.inserting_before(last):
+            mask = _mask(graph, scores)
+            arguments = (q, k, last.args[1], mask, 0.0, False)
+            attention = graph.call_function(
+                _aten.scaled_dot_product_attention.default, arguments, {"scale": scores.scale}
+            )
+        attention.meta = dict(last.meta)
+        last.replace_all_uses_with(attention)
+        found += 1
+    graph.eliminate_dead_code()
+    return found
+
+
+def _product(softmax: fx.Node) -> fx.Node | None:
+    """The matmul with V that the probabilities go to, and nowhere else."""
+    node = softmax
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in _MATMUL and user.args[0] is node:
+            return user
+        if user.target not in (_aten.to.dtype, _aten.type_as.default, _aten.contiguous.default):
+            return None
+        node = user
+    return None
+
+
+def _scores(node: Any, of_tokens: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node, _Scores] | None:
+    """(Q, K, the rest) of the scores ``node``."""
+    found = _Scores()
+    scaled = False
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if node.target in _MATMUL:
+            k = _transposed(node.args[1])
+            q, factor = _unscaled(node.args[0])
+            found.scale *= factor
+            return None if k is None or not isinstance(q, fx.Node) else (q, k, found)
+        if node.target in _MULTIPLY and _number(node.args[1]):
+            found.scale *= float(node.args[1]) ** _MULTIPLY[node.target]  # type: ignore[arg-type]
+            node, scaled = node.args[0], True
+            continue
+        if scaled:  # the number multiplies this mask, too
+            return None
+        node = _unmasked(node, found, of_tokens)
+    return None
+
+
+def _unmasked(node: fx.Node, found: _Scores, of_tokens: Callable[[fx.Node], bool]) -> Any:
+    """The scores that ``node`` masks, the mask noted; None where it does something else."""
+    if node.target in _FILL and _hides(node.args[2]):
+        found.hidden.append(node.args[1])  # type: ignore[arg-type]
+        return node.args[0]
+    if node.target is _aten.where.ScalarOther and _hides(node.args[2]):
+        found.visible.append(node.args[0])  # type: ignore[arg-type]
+        return node.args[1]
+    if node.target is _aten.add.Tensor:
+        sides = [each for each in node.args if isinstance(each, fx.Node)]
+        others = [each for each in sides if not of_tokens(each)]
+        if len(sides) == 2 and len(others) == 1:
+            found.added.append(others[0])
+            return next(each for each in sides if each is not others[0])
+    return None
+
+
+def _mask(graph: fx.Graph, scores: _Scores) -> fx.Node | None:
+    """One mask of all that were found, boolean or additive."""
+    seen = [_made(graph, _aten.logical_not.default, node) for node in scores.hidden] + scores.visible
+    operator, parts = (_aten.logical_and.default, seen) if seen else (_aten.add.Tensor, scores.added)
+    mask = parts[0] if parts else None
+    for part in parts[1:]:
+        mask = _made(graph, operator, mask, part)
+    return mask
+
+
+def _made(graph: fx.Graph, operator: Any, *arguments: Any) -> fx.Node:
+    node = graph.call_function(operator, arguments)
+    node.meta = dict(arguments[0].meta)
+    return node
+
+
+def _transposed(node: Any) -> fx.Node | None:
+    if not isinstance(node, fx.Node) or node.target is not _aten.transpose.int:
+        return None
+    rank = len(node.meta["val"].shape)
+    axes = {axis % rank for axis in node.args[1:3]}  # type: ignore[operator]
+    return node.args[0] if axes == {rank - 2, rank - 1} else None  # type: ignore[return-value]
+
+
+def _unscaled(node: Any) -> tuple[Any, float]:
+    if isinstance(node, fx.Node) and node.target in _MULTIPLY and _number(node.args[1]) and len(node.users) == 1:
+        return node.args[0], float(node.args[1]) ** _MULTIPLY[node.target]  # type: ignore[arg-type]
+    return node, 1.0
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value != 0
+
+
+def _hides(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value <= _MASKED
