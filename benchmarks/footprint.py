@@ -43,9 +43,9 @@ def _main(arguments: list[str]) -> None:
     loaded = time.perf_counter() - start
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "num_beams": 1}
     if model.manifest.kind == "encoder":
-        model.encode(**draw(model.manifest, batch, source_length))
+        model.encode(**draw(model.artifact, batch, source_length))
     else:
-        model.generate(**draw(model.manifest, batch, source_length), **options)
+        model.generate(**draw(model.artifact, batch, source_length), **options)
     print(json.dumps({"load_s": round(loaded, 3), "peak_mb": _peak_mb(), "base_mb": base}))
 
 

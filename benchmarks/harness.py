@@ -61,7 +61,7 @@ def measure(
 
 
 def _batch(model: Model, other: Peer | None, batch: int, settings: Settings) -> dict[str, Any]:
-    inputs = draw(model.manifest, batch, settings.source_length)
+    inputs = draw(model.artifact, batch, settings.source_length)
     peers: list[Peer] = [Txopt(model), *([other] if other is not None else [])]
     answers = {peer.name: peer.generate(inputs, settings.new_tokens) for peer in peers}
     ours = answers["txopt"]

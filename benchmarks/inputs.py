@@ -5,18 +5,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.runtime.manifest import Manifest
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.cases import load
 
 
-def draw(manifest: Manifest, batch: int, length: int, *, seed: int = 0) -> dict[str, NDArray[Any]]:
+def draw(artifact: Artifact, batch: int, length: int, *, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Inputs by name: ``batch`` unpadded sources of ``length`` ids (no special ids), or float inputs of the model's fixed sizes."""
-    generator = np.random.default_rng(seed)
+    generator, manifest = np.random.default_rng(seed), artifact.manifest
     special = {
         value for name, value in manifest.generation.items() if name.endswith("token_id") and isinstance(value, int)
     }
-    ordinary = np.setdiff1d(np.arange(3, 1000), sorted(special))
+    # The ids of the reference cases: a manifest does not say how many a source has.
+    known = [case.inputs["input_ids"].reshape(-1) for case in load(artifact.path) if "input_ids" in case.inputs]
+    ordinary = np.setdiff1d(np.concatenate(known), sorted(special)) if known else np.zeros(1, np.int64)
     if manifest.kind == "decoder":
-        ids = generator.choice(ordinary[ordinary < manifest.graphs["decoder"].outputs[0].axes[-1]], (batch, length))
+        ids = generator.choice(ordinary, (batch, length))
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     inputs: dict[str, NDArray[Any]] = {}
     for item in manifest.graphs["encoder"].inputs:

@@ -22,7 +22,7 @@ from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
 from txopt.exporter.pooling import Pooling, read_pooling
 from txopt.exporter.source import KV, Facts, Forward, Generated, Input
-from txopt.runtime.errors import SourceError
+from txopt.runtime.errors import SourceError, explain
 
 # The architecture's suffix says what an encoder alone is for.
 ENCODER_TASKS = {
@@ -182,11 +182,45 @@ def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
         raise SourceError(
             f"config.json of {directory} names the architecture {name!r}, which transformers {transformers.__version__} does not have"
         )
-    module = architecture.from_pretrained(
-        directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    _check_architecture(architecture, family, config)
+    module = _read(architecture, directory, config, dtype)
     pooling = read_pooling(directory) if family.kind == "encoder" else None
     return HuggingFaceSource(module, family, pooling)
+
+
+def _check_architecture(architecture: Any, family: Family, config: Any) -> None:
+    """Refuses a head that the family's road does not carry, before anything is loaded."""
+    name = architecture.__name__
+    if family.kind == "encoder":
+        fits = name.endswith((*ENCODER_TASKS, "Model")) and not getattr(config, "is_decoder", False)
+        expected = "a model without a head (...Model), ...ForSequenceClassification or ...ForTokenClassification"
+    else:
+        fits = issubclass(architecture, GenerationMixin) and "CausalLM" not in name
+        expected = "a model that generates (...ForConditionalGeneration, ...LMHeadModel, ...)"
+    if not fits:
+        raise SourceError(
+            f"config.json names the architecture {name!r}, as a {'decoder' if getattr(config, 'is_decoder', False) else family.kind}: "
+            f"expected {expected}; load the checkpoint as such a class in transformers and save_pretrained() it"
+        )
+
+
+def _read(architecture: Any, directory: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, every weight of it from the checkpoint; transformers would make up what is missing."""
+    try:
+        module, report = architecture.from_pretrained(
+            directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as err:  # transformers and safetensors raise a dozen kinds
+        reason = str(err).strip().split("\n")[0]
+        raise SourceError(f"{directory}: transformers cannot load it as {architecture.__name__}: {reason}") from err
+    # An encoder's pooler feeds no output here, and many checkpoints leave it out.
+    wanting = sorted(
+        name for name in report["missing_keys"] if "pooler." not in name or not architecture.__name__.endswith("Model")
+    )
+    if wanting:
+        raise SourceError(explain(f"{directory} lacks weights that config.json asks for:", wanting[:12]))
+    found: PreTrainedModel = module
+    return found
 
 
 def _prepare(module: PreTrainedModel, family: Family) -> Any:
@@ -222,7 +256,17 @@ def _facts(module: PreTrainedModel, family: Family) -> Facts:
         source_limit=_value(config, family.source_limit),
         outputs=outputs,
         labels={str(k): str(v) for k, v in config.id2label.items()} if outputs == ("logits",) else None,
+        scores=_scores(config, task) if outputs == ("logits",) else None,
     )
+
+
+def _scores(config: Any, task: str) -> str:
+    """As transformers' pipelines read a configuration."""
+    if task == "token-classification":
+        return "softmax"
+    if config.problem_type == "regression":
+        return "none"
+    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
 
 def _sized(item: Input, config: Any) -> Input:

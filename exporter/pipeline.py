@@ -88,10 +88,20 @@ def export(
         return writer.commit(_certified(manifest, parity))
 
 
-def record_and_replay(artifact: Artifact, source: Any, *, trust_remote_code: bool = False) -> ParityReport:
+def record_and_replay(
+    artifact: Artifact,
+    source: Any,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> ParityReport:
     """Fresh reference cases from PyTorch, against an artifact that exists (``txopt verify --against``)."""
     opened = checkpoint.load(source, DTYPES[artifact.manifest.precision], trust_remote_code=trust_remote_code)
-    return replay(artifact, reference.record(opened.source)).require()
+    ours, theirs = artifact.manifest, opened.source.facts
+    if (ours.kind, ours.task) != (theirs.kind, theirs.task):
+        raise UsageError(f"the artifact is of a {ours.kind} ({ours.task}), the source a {theirs.kind} ({theirs.task})")
+    return replay(artifact, reference.record(opened.source), device=device, threads=threads).require()
 
 
 def _check_options(target: str, precision: str) -> None:
@@ -140,7 +150,7 @@ def _manifest(
 
 def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:
     facts = opened.source.facts
-    labels = {} if facts.labels is None else {"labels": dict(facts.labels)}
+    labels = {} if facts.labels is None else {"labels": dict(facts.labels), "scores": facts.scores}
     if opened.directory is not None:
         found = collect(opened.directory, facts.task, facts.family, directory, source_limit=facts.source_limit)
         return {**found, **labels}

@@ -41,6 +41,7 @@ class Facts:
     source_limit: int | None = None
     outputs: tuple[str, ...] = ()
     labels: Mapping[str, str] | None = None
+    scores: str | None = None  # what makes a classifier's logits scores: "softmax", "sigmoid" or "none" (regression)
 
     @property
     def padded(self) -> bool:

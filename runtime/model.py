@@ -70,8 +70,16 @@ class Model:
         return tokens(**self._prepare(arguments))
 
     def classify(self, **inputs: Array) -> Array:
-        """Probabilities float32: [B,labels] for texts, [B,T,labels] for tokens; ``labels`` names them."""
+        """Scores float32: [B,labels] for texts, [B,T,labels] for tokens; ``labels`` names them.
+
+        Probabilities of one label among all, or of each label by itself, or a regression's values: as the checkpoint says.
+        """
         logits = self._output("logits", inputs)
+        scores = self.manifest.frontend.get("scores", "softmax")
+        if scores == "none":
+            return logits
+        if scores == "sigmoid":
+            return np.asarray(1 / (1 + np.exp(-logits)))
         exponents = np.exp(logits - logits.max(-1, keepdims=True))
         return np.asarray(exponents / exponents.sum(-1, keepdims=True))
 

@@ -154,6 +154,8 @@ class RowDecoder:
             self._step = self._bind(self._ids, self._logits)
         if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != self._position.shape:
             ids = self._checked(np.asarray(ids)[..., None])[:, 0]
+        elif ids.min() < 0 or ids.max() >= self._vocabulary:
+            self._checked(ids[:, None])
         self._ids[:, 0] = ids
         if not self._runner.on_host:
             return self.feed(self._ids)[:, 0]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion import gelu, qkv, reshape, rms_norm, scale
+from txopt.exporter.fusion import attention, gelu, layer_norm, qkv, reshape, rms_norm, scale
 from txopt.exporter.fusion.report import Report
 
 FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (
@@ -13,6 +13,17 @@ FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (
     reshape.fuse,
     scale.fuse,
     qkv.fuse,  # after both: Q, K and V are then cut by one shape, and nothing scales one of them
+)
+
+# What graphs from any exporter are searched for; ours never hold a written-out attention or layer norm.
+FOREIGN: tuple[Callable[[ir.Model], Report], ...] = (
+    attention.fuse,  # before those that look for the operator
+    layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
+    rms_norm.fuse,
+    gelu.fuse,
+    reshape.fuse,
+    scale.fuse,
+    qkv.fuse,
 )
 
 

@@ -89,7 +89,7 @@ def verify(
         with _needs_exporter():
             from txopt.exporter import huggingface  # noqa: F401 - it brings transformers
             from txopt.exporter.pipeline import record_and_replay
-        report = record_and_replay(Artifact.open(artifact), against)
+        report = record_and_replay(Artifact.open(artifact), against, device=device, threads=threads)
     console.result(report.to_json(), of_parity(report))
 
 
@@ -152,13 +152,44 @@ def run(
 
 
 @app.command()
-def inspect(artifact: ArtifactPath, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Show what is in an artifact: sizes, operators, what was fused and what was not, parity."""
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="an artifact's directory, or any .onnx file")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what is in an artifact or a .onnx file: sizes, operators, what was (or would be) fused, what not and why."""
     console = _console(quiet, verbose, as_json)
+    if path.suffix == ".onnx" and not path.is_dir():
+        from txopt.exporter import foreign
+        from txopt.summary import of_onnx
+
+        document = foreign.inspect(path)
+        console.result(document, of_onnx(document))
+        return
     from txopt.runtime.artifact import Artifact
     from txopt.summary import of_artifact
 
-    console.result(*of_artifact(Artifact.open(artifact)))
+    console.result(*of_artifact(Artifact.open(path)))
+
+
+@app.command()
+def optimize(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="a .onnx file from any exporter, opset 11 to 24")],
+    out: Annotated[Path, typer.Argument(help="the directory to make: model.onnx and weights.data")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what optimize left at OUT before")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fuse a foreign .onnx file, and prove that it still says the same."""
+    console = _console(quiet, verbose, as_json)
+    from txopt.exporter import foreign
+    from txopt.summary import of_optimized
+
+    with console.stages(foreign.STAGES) as progress:
+        document = foreign.optimize(source, out, overwrite=overwrite, progress=progress).to_json()
+    console.result(document, of_optimized(document))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Artifacts and parity reports as people read them: a JSON document and a few lines of text."""
+"""Artifacts, parity reports and foreign graphs as people read them: a JSON document and a few lines of text."""
 
 from typing import Any
 
@@ -49,6 +49,61 @@ def of_parity(report: ParityReport) -> str:
     lines += [f"  {what} changes logits by at most {value:.1e}" for what, value in report.invariance.items()]
     lines += [f"  skipped: {reason}" for reason in report.skipped]
     return "\n".join(lines)
+
+
+def of_onnx(document: dict[str, Any]) -> str:
+    """What ``foreign.inspect`` found, in lines."""
+    weights = f", with {', '.join(document['external_data'])}" if document["external_data"] else ""
+    lines = [
+        f"{document['path']}: opset {document['opset']}, {document['nodes']} nodes, by {document['producer'] or 'nobody named'}",
+        f"  {document['parameters']:,} parameters, {_size(document['bytes'])}{weights}",
+    ]
+    for kind in ("inputs", "outputs"):
+        lines += [
+            f"  {kind[:-1]} {value['name']}: {value['dtype']} {_shape(value['shape'])}" for value in document[kind]
+        ]
+    for layer in document["layers"]:
+        held = f"{layer['nodes']} nodes, {layer['parameters']:,} parameters"
+        lines.append(f"  {layer['count']} of {layer['name']}: {held} together")
+    lines.append("  operators: " + ", ".join(f"{count} {name}" for name, count in document["operators"].items()))
+    if document["problem"] is not None:
+        return "\n".join(
+            [*lines, "  what would fuse cannot be told:", "    " + document["problem"].replace("\n", "\n    ")]
+        )
+    return "\n".join([*lines, *_fusions(document["fusions"], "would fuse")])
+
+
+def of_optimized(document: dict[str, Any]) -> str:
+    """An ``OptimizeReport`` in lines."""
+    parity, sizes = document["parity"], document["files"]
+    runs, refused = [_sizes(run["sizes"]) for run in parity["runs"]], [_sizes(sizes) for sizes in parity["not_run"]]
+    where = " and ".join(runs) if any(runs) else "its fixed sizes"
+    error, allowed = f"{parity['largest_error']:.1e}", f"{parity['tolerance']:.0e}"
+    lines = [
+        f"{document['path']}: {document['nodes_before']} nodes of opset {document['opset']} became {document['nodes_after']}",
+        "  " + ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()),
+        *_fusions(document["fusions"], "fused"),
+        f"  verified against {document['source']} at {where}: largest error {error} (allowed {allowed})",
+        *([f"    no answer of the original at {'; '.join(refused)}"] if refused else []),
+    ]
+    return "\n".join(lines)
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={length}" for name, length in sizes.items())
+
+
+def _fusions(fusions: dict[str, Any], verb: str) -> list[str]:
+    lines = []
+    for operator, report in fusions.items():
+        if report["fused"] or report["refused"]:
+            lines.append(f"  {operator}: {report['fused']} {verb}, {len(report['refused'])} refused")
+            lines += [f"    {reason}" for reason in report["refused"]]
+    return lines if any(report["fused"] for report in fusions.values()) else ["  nothing to fuse", *lines]
+
+
+def _shape(shape: list[Any] | None) -> str:
+    return f"[{','.join(map(str, shape))}]" if shape is not None else "of no known shape"
 
 
 _HEADLINES = ("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm")

@@ -16,3 +16,9 @@ def run(model: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]
     asked = {item.name for item in session.get_inputs()}
     results: list[NDArray[Any]] = session.run(None, {name: value for name, value in feeds.items() if name in asked})
     return results
+
+
+def scale_attention(graph: ir.Model, factor: float) -> None:
+    for node in graph.graph:
+        if node.op_type == "Attention":
+            node.attributes["scale"] = ir.AttrFloat32("scale", node.attributes["scale"].as_float() * factor)

@@ -1,0 +1,189 @@
+"""Foreign .onnx files, from any exporter: optimized into a directory of their own, and proved to say the same; or looked at.
+
+Owns what reaches the caller and the disk. The file itself is never parsed here: ``foreign_child`` does everything that native code
+could crash in, in a process of its own.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from txopt.runtime import errors
+from txopt.runtime.errors import ArtifactError, SourceError, TxoptError
+from txopt.runtime.files import read, sync
+from txopt.runtime.writer import ArtifactWriter
+
+STAGES = ("read", "convert", "clean", "fuse", "lower", "write", "prove")
+LOOKING = STAGES[:4]
+FILES = ("model.onnx", "weights.data")
+_OURS = b"\x12\x05txopt"  # producer_name, of the first fields that protobuf writes
+_ERRORS = ("SourceError", "InputError", "UsageError", "ArtifactError", "ParityError", "MissingDependencyError")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizeReport:
+    """What ``optimize`` did: nodes before and after, fusions by operator ({"fused", "refused"}), and the certificate of parity."""
+
+    path: Path
+    source: Path
+    opset: int
+    nodes_before: int
+    nodes_after: int
+    operators: dict[str, int]
+    fusions: dict[str, dict[str, Any]]
+    parity: dict[str, Any]
+    files: dict[str, int]
+
+    @property
+    def fused(self) -> int:
+        return sum(int(report["fused"]) for report in self.fusions.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "path": str(self.path), "source": str(self.source), "fused": self.fused}
+
+
+def optimize(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> OptimizeReport:
+    """Fuses the .onnx file ``path`` into the directory ``out``: model.onnx, of opset 24, and weights.data.
+
+    Args:
+        path: the file, of opset 11 to 24; external data lies beside it.
+        out: the directory to make; it is there as a whole or not at all.
+        overwrite: replace what an earlier ``optimize`` left at ``out``; anything else there is never touched.
+        progress: called with the name of each of STAGES as it begins.
+
+    Raises:
+        SourceError: the file cannot be read, is no standard ONNX, or runs on no input that could be drawn.
+        ParityError: the new graph does not say what the file says. ArtifactError: ``out`` may not be written.
+    """
+    source = _file(path)
+    with _FolderWriter(out, overwrite=overwrite) as writer:
+        found = _ask(source, writer.directory, progress)
+        sizes = {name: (writer.directory / name).stat().st_size for name in FILES}
+        writer.publish()
+    return OptimizeReport(path=Path(out), source=source, files=sizes, **found)
+
+
+def inspect(path: str | os.PathLike[str], *, progress: Progress | None = None) -> dict[str, Any]:
+    """What is in a .onnx file, and what ``optimize`` would fuse in it; writes nothing.
+
+    Raises:
+        SourceError: it is no ONNX file, or not a whole one.
+    """
+    source = _file(path)
+    return {"path": str(source), **_ask(source, None, progress)}
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    source = Path(path)
+    if source.is_dir():
+        inside = sorted(file.name for file in source.glob("*.onnx"))
+        hint = f"name one of its files: {', '.join(inside)}" if inside else "there is none in it"
+        raise SourceError(f"{source}: expected a .onnx file, found a directory; {hint}")
+    if not source.exists():
+        raise SourceError(f"{source}: expected a .onnx file, found nothing there; check the name")
+    if not source.is_file():
+        raise SourceError(f"{source}: expected a .onnx file, found a device, pipe or socket")
+    return source
+
+
+def _ask(source: Path, directory: Path | None, progress: Progress | None) -> dict[str, Any]:
+    """The child's answer to one task."""
+    task = json.dumps({"source": str(source), "directory": str(directory) if directory else None})
+    command = [sys.executable, "-P", "-m", "txopt.exporter.foreign_child", task]
+    stage, answer = "start", None
+    with (
+        tempfile.TemporaryFile() as noise,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=noise, encoding="utf-8"
+        ) as child,
+    ):
+        assert child.stdout is not None, "asked for"
+        try:
+            for line in child.stdout:
+                said = json.loads(line)
+                if "stage" in said:
+                    stage = said["stage"]
+                    if progress is not None:
+                        progress(stage)
+                else:
+                    answer = said
+            child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        noise.seek(max(0, noise.seek(0, os.SEEK_END) - 2000))
+        last = noise.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+    if answer is None:
+        raise _death(source, stage, child.returncode, last)
+    if "error" in answer:
+        kind = getattr(errors, answer["error"]) if answer["error"] in _ERRORS else TxoptError
+        raise kind(answer["message"])
+    result: dict[str, Any] = answer["result"]
+    return result
+
+
+def _death(source: Path, stage: str, code: int, last: str) -> TxoptError:
+    if stage == "start":
+        return TxoptError(f"the process that was to read {source} did not start ({code}): {last}")
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return SourceError(
+        f"{source}: expected a graph that can be processed, found one whose {stage} ended its process ({how}): "
+        "it is damaged, or larger than memory; export it again"
+    )
+
+
+class _FolderWriter(ArtifactWriter):
+    """All of a directory or nothing, as artifacts are written; but there is no manifest, and FILES are all there is."""
+
+    def publish(self) -> None:
+        """Make ``directory`` the one at ``out``.
+
+        Raises:
+            ArtifactError: it cannot be written, or something appeared at ``out`` meanwhile.
+        """
+        try:
+            for file in (*sorted(self.directory.iterdir()), self.directory):
+                sync(file)
+            self._check_out()
+            self._publish()
+            self._committed = True
+        except OSError as err:
+            raise ArtifactError(f"{self.out}: cannot be written: {err.strerror or err}") from err
+        self._clean()
+        with contextlib.suppress(OSError):
+            sync(self.out.parent)
+
+    def _check_out(self) -> None:
+        if not os.path.lexists(self.out):
+            return
+        if not self.out.is_dir():
+            raise ArtifactError(f"{self.out}: expected a new directory, found a file there; choose another name")
+        if Path.cwd().is_relative_to(self.out):
+            raise ArtifactError(f"{self.out}: is the current directory and cannot be replaced; name one inside it")
+        found = sorted(file.name for file in self.out.iterdir())
+        if not found:
+            return
+        if found != sorted(FILES) or _OURS not in read(self.out / FILES[0], 64):
+            raise ArtifactError(
+                f"{self.out}: expected a new directory, found one that txopt optimize did not write, so it is never overwritten; "
+                "choose another name"
+            )
+        if not self._overwrite:
+            raise ArtifactError(
+                f"{self.out}: an optimized model is there already; choose another name, or overwrite it (--overwrite)"
+            )

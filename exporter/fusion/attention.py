@@ -1,0 +1,257 @@
+"""Written-out attention of foreign graphs to the operator ``Attention``, its first output only, with mask and scale explicit.
+
+    softmax(scale Q K^T + mask) V
+
+Found from its Softmax, by meaning rather than by one spelling:
+
+    scores   MatMul of Q and K^T, 4D [B,H,Q,D] or 3D [N,Q,D]; 3D scores may be cut into [B,H,Q,K] for the mask and joined again
+    K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew
+    scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
+    mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
+    around   Cast between floats, Identity, Dropout out of training, torch's guards for rows that mask everything
+
+Source: ONNX operators Attention (opset 23 and 24) and Softmax (opset 13). The model must be at opset 24 and its constants folded
+into initializers; a scale may also be computed from a known length. A fill of -inf or the dtype's least number becomes a boolean
+mask; one that drowns every score (-1e9) is added. Rows that mask everything are the engine's affair: ONNX Runtime gives zeros for
+-inf, least numbers and booleans. Lengths that are not known are taken to be those that the operator asks for.
+Keys and values that are repeated for groups of heads stay repeated.
+
+Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, other operators in
+between, results inside that something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a
+MatMul of two computed values before it, or without one after it, is no attention and no refusal.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from txopt.exporter.fusion.algebra import product
+from txopt.exporter.fusion.attention_path import (
+    Step,
+    after,
+    before,
+    changes_nothing,
+    differ,
+    fill_of,
+    guards,
+    least,
+    length,
+    number_of,
+    rank_of,
+    shapes_of_fills,
+    untransposed,
+)
+from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
+from txopt.exporter.fusion.report import Report
+
+_DROWNING = -1e9  # no score is large enough to show beside it
+
+
+def fuse(model: ir.Model) -> Report:
+    """Rewrites ``model``, which must be at opset 24, and reports."""
+    report = Report("Attention")
+    masks: dict[object, ir.Value] = {}
+    place = {node: index for index, node in enumerate(model.graph)}
+    found = [(node, before(node), after(node)) for node in model.graph if node.op_type == "Softmax"]
+    candidates = [(softmax, above, below) for softmax, above, below in found if above and below]
+    # By the place that the new nodes get: a mask that several blocks share must come before the first of them.
+    for softmax, above, below in sorted(candidates, key=lambda candidate: place[candidate[2][-1].node]):
+        try:
+            block = _block(softmax, above, below)
+        except _Refusal as refusal:
+            report.refused.append(f"{softmax.name}: {refusal}")
+            continue
+        rewrite(model.graph, block, masks)
+        report.fused += 1
+    return report
+
+
+class _Refusal(Exception):
+    """Why a Softmax between two MatMuls is left alone; it does not leave this file."""
+
+
+@dataclass
+class _Chain:
+    """What was met on the way from the scores to V; ``rank`` is that of the scores here, ``heads`` the shape that cut them."""
+
+    rank: int
+    scale: float = 1.0
+    terms: list[Term] = field(default_factory=list)
+    heads: ir.Value | None = None
+
+    def take(self, node: ir.Node, index: int) -> None:
+        """One step before the Softmax; ``index`` says which input the scores are."""
+        if node.op_type in ("Mul", "Div"):
+            self._scale_by(node, index)
+        elif node.op_type in ("Add", "Sub"):
+            if node.op_type == "Sub" and index == 1:
+                raise _Refusal(f"{node.name} subtracts the scores")
+            self._mask_by(node, Term(_input(node, 1 - index), negative=node.op_type == "Sub"))
+        elif node.op_type == "Where":
+            fill = _fill(node, 3 - index)
+            whole = fill <= least(node.outputs[0].dtype)
+            self._mask_by(node, Term(_input(node, 0), fill=fill, keeps=index == 1, whole=whole))
+        elif node.op_type == "Max" and len(node.inputs) == 2:
+            _fill(node, 1 - index)
+        elif node.op_type == "Reshape":
+            self.cut(node)
+        elif not changes_nothing(node):
+            raise _Refusal(f"{node.name} changes the scores")
+        if rank_of(node.outputs[0]) not in (None, self.rank):
+            raise _Refusal(f"{node.name} adds axes to the scores")
+
+    def cut(self, reshape: ir.Node) -> None:
+        """[N,Q,K] to [B,H,Q,K] or back."""
+        x, shape, rank = _input(reshape, 0), _input(reshape, 1), rank_of(reshape.outputs[0])
+        cuts, joins = (self.rank, rank) == (3, 4), (self.rank, rank) == (4, 3)
+        if not cuts and not (joins and self.heads is not None):
+            raise _Refusal(f"{reshape.name} neither cuts scores into heads nor joins them again")
+        if differ(x, reshape.outputs[0], -1) or differ(x, reshape.outputs[0], -2):
+            raise _Refusal(f"{reshape.name} changes queries or keys")
+        if cuts and _may_copy_lengths(shape):
+            raise _Refusal(f"{reshape.name} has a shape that may copy lengths")
+        self.rank, self.heads = (4, shape) if cuts else (3, self.heads)
+        self._check_masks(reshape)
+
+    def _scale_by(self, node: ir.Node, index: int) -> None:
+        factor = number_of(_input(node, 1 - index))
+        if not factor or (node.op_type == "Div" and index == 1):
+            raise _Refusal(f"{node.name} scales by what is no constant")
+        if self.terms and factor != 1:
+            raise _Refusal(f"{node.name} scales after the mask")
+        self.scale *= 1 / factor if node.op_type == "Div" else factor
+
+    def _mask_by(self, node: ir.Node, term: Term) -> None:
+        rank = rank_of(term.value)
+        if rank is None:
+            raise _Refusal(f"the rank of the mask {term.value.name} is not known")
+        self.terms.append(term)
+        self._check_masks(node)
+
+    def _check_masks(self, node: ir.Node) -> None:
+        if self.heads is not None and any(rank_of(term.value) == 3 for term in self.terms):
+            raise _Refusal(f"{node.name}: a mask has three axes, the scores three and four")
+
+
+def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
+    scores, last = above[0].node, below[-1].node
+    q, kt, v = _input(scores, 0), _input(scores, 1), _input(last, 1)
+    ranks = rank_of(q), rank_of(kt), rank_of(v)
+    if ranks[0] is None or None in ranks:
+        raise _Refusal("the ranks of Q, K and V are not known")
+    if ranks[0] not in (3, 4) or ranks[0] != ranks[1]:
+        raise _Refusal(f"Q and K have {ranks[0]} and {ranks[1]} axes")
+    chain = _followed(softmax, above, below, ranks[0])
+    if chain.rank != ranks[2]:
+        raise _Refusal(f"the probabilities have {chain.rank} axes and V {ranks[2]}")
+    _check_batches(q, kt, v)
+    query, scale_q = _factor(q)
+    scaled, scale_kt = _factor(kt)
+    key, permutation = untransposed(scaled, ranks[0])
+    key, scale_k = _factor(key)
+    query, key = _narrow(query, v), _narrow(key, v)
+    dtypes = {value.dtype for value in (query, key, v)} - {None}
+    if len(dtypes) > 1:
+        raise _Refusal(f"Q, K and V are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    scale = chain.scale * scale_q * scale_kt * scale_k
+    if scale <= 0:
+        raise _Refusal(f"the scale {scale:g} is not positive")
+    wide = _input(softmax, 0).dtype == ir.DataType.FLOAT and dtypes.isdisjoint({ir.DataType.FLOAT})
+    return Block(
+        name=f"{softmax.name}/Attention",
+        q=query,
+        k=key,
+        v=v,
+        permutation=permutation,
+        scale=scale,
+        terms=tuple(chain.terms),
+        lengths=(length(q, -2), length(kt, -1)),
+        ranks=(ranks[0], chain.rank),
+        heads=chain.heads,
+        wide=wide and bool(dtypes),
+        last=last,
+    )
+
+
+def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int) -> _Chain:
+    """All steps from the scores to V, each of which nothing but the next one reads."""
+    guard, chain = guards(softmax), _Chain(rank)
+    beside = guard | {shape for step in above for shape in shapes_of_fills(step)}
+    following = [*(step.node for step in above[1:]), softmax, *(step.node for step in below)]
+    for step, reader in zip(above, following, strict=False):
+        if step.node is not above[0].node:
+            chain.take(step.node, step.index)
+        _check_alone(step.node, reader, beside)
+    axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
+    if axis not in (-1, chain.rank - 1):
+        raise _Refusal(f"its axis is {axis}, not that of the keys")
+    _check_alone(softmax, below[0].node, guard)
+    for step, reader in zip(below[:-1], following[len(above) + 1 :], strict=True):
+        if step.node.op_type == "Reshape":
+            chain.cut(step.node)
+        elif step.node not in guard and not changes_nothing(step.node):
+            raise _Refusal(f"{step.node.name} changes the probabilities")
+        _check_alone(step.node, reader, set())
+    return chain
+
+
+def _check_alone(node: ir.Node, reader: ir.Node, beside: set[ir.Node]) -> None:
+    """What ``node`` gives must be read by ``reader``, once, and by nothing else but what is ``beside`` it and goes with it."""
+    value = node.outputs[0]
+    if value.is_graph_output():
+        raise _Refusal(f"{value.name} is an output of the graph")
+    others = [user for user, _ in value.uses() if user not in beside or user is reader]
+    if others != [reader]:
+        raise _Refusal(f"{value.name} is read elsewhere too")
+
+
+def _check_batches(q: ir.Value, kt: ir.Value, v: ir.Value) -> None:
+    """The operator broadcasts no batches, and heads only where K and V both have one."""
+    same_rank = rank_of(q) == rank_of(v)
+    if differ(q, kt, 0) or (same_rank and differ(kt, v, 0)):
+        raise _Refusal("the batches of Q, K and V are not the same")
+    if rank_of(q) == 4 and (differ(kt, v, 1) or (differ(q, kt, 1) and length(kt, 1) != 1)):
+        raise _Refusal("the heads of Q, K and V are not the same")
+
+
+def _factor(value: ir.Value) -> tuple[ir.Value, float]:
+    """What constants multiply, and their product."""
+    found = product(value)
+    numbers = [number for factor in found.factors if (number := number_of(factor)) is not None]
+    values = [factor for factor in found.factors if number_of(factor) is None]
+    if len(values) != 1 or rank_of(values[0]) != rank_of(value):
+        return value, 1.0
+    return values[0], math.prod([found.constant, *numbers])
+
+
+def _fill(node: ir.Node, index: int) -> float:
+    """The fill at an input of ``node``, beside which no score shows."""
+    fill = fill_of(_input(node, index))
+    if fill is None:
+        raise _Refusal(f"{node.name} fills with what is no constant")
+    if fill > max(_DROWNING, least(node.outputs[0].dtype)):
+        raise _Refusal(f"{node.name} fills with {fill:g}, beside which scores still show")
+    return fill
+
+
+def _narrow(value: ir.Value, like: ir.Value) -> ir.Value:
+    """``value`` before it was widened for the scores, if V is of that dtype."""
+    node = value.producer()
+    inner = node.inputs[0] if node is not None and node.op_type == "Cast" and value.dtype != like.dtype else None
+    return inner if inner is not None and inner.dtype == like.dtype else value
+
+
+def _may_copy_lengths(shape: ir.Value) -> bool:
+    """Whether a Reshape's shape holds a zero; one that is put together of lengths does not."""
+    node = shape.producer()
+    parts = [shape] if shape.const_value is not None else list(node.inputs) if node is not None else [None]
+    constants = [part.const_value.numpy() for part in parts if part is not None and part.const_value is not None]
+    return any(0 in constant for constant in constants)
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise _Refusal(f"{node.name} lacks an input")
+    return value

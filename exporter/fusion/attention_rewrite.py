@@ -1,0 +1,161 @@
+"""The nodes that take the place of a written-out attention; attention.py says where one is, this file what it becomes.
+
+Masks are joined into one and widened to [..,Q,K] where they do not show that they are: the operator reads a short key axis as cut
+off, and ONNX Runtime wants every query's row. Blocks that are masked by the same values share the joined mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from txopt.exporter.fusion.attention_path import least, length, rank_of
+from txopt.exporter.fusion.replace import replace
+from txopt.exporter.graph import integers
+
+
+@dataclass(frozen=True)
+class Term:
+    """What masks scores: ``value`` is added, or subtracted if ``negative``; with a ``fill`` it is a boolean that ``keeps``
+    scores or fills them. ``whole``: the fill is -inf or the dtype's least number."""
+
+    value: ir.Value
+    negative: bool = False
+    fill: float | None = None
+    keeps: bool = True
+    whole: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One attention: V and, by ``permutation`` (None: as it is), K; ``lengths`` of queries and keys, as far as they are known.
+
+    ``ranks`` are those of Q with K and of V, ``heads`` the shape [B,H,Q,K] if 3D scores were cut; ``wide``: the Softmax is computed
+    in float32 for narrower Q. ``last`` is the MatMul with V.
+    """
+
+    name: str
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    permutation: tuple[int, ...] | None
+    scale: float
+    terms: tuple[Term, ...]
+    lengths: tuple[int | str | None, int | str | None]
+    ranks: tuple[int, int]
+    heads: ir.Value | None
+    wide: bool
+    last: ir.Node
+
+
+def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> None:
+    """Replaces ``block`` in ``graph``; ``masks`` holds the joined masks of earlier blocks, and takes this one's."""
+    new = _Nodes(graph, block.name)
+    k = block.k if block.permutation is None else new.add("Transpose", [block.k], perm=list(block.permutation))
+    q, k, v = (
+        _by_head(new, value, rank, block.heads)
+        for value, rank in ((block.q, block.ranks[0]), (k, block.ranks[0]), (block.v, block.ranks[1]))
+    )
+    inputs = [q, k, v]
+    if block.terms:
+        inputs.append(_widened(new, block, _joined(new, block, masks), q, k))
+    precision = {"softmax_precision": int(ir.DataType.FLOAT)} if block.wide else {}
+    y = new.add("Attention", inputs, scale=block.scale, **precision)
+    if block.ranks[1] == 3 and block.heads is None:
+        new.add("Squeeze", [y, integers(graph, [1])])
+    elif block.ranks[1] == 3:
+        sizes = [new.add("Shape", [block.v], start=0, end=1), new.add("Shape", [y], start=2)]
+        new.add("Reshape", [y, new.add("Concat", sizes, axis=0)])
+    replace(graph, block.last, *new.nodes)
+
+
+class _Nodes:
+    """New nodes in order, named after the block."""
+
+    def __init__(self, graph: ir.Graph, name: str) -> None:
+        self.graph, self.name, self.nodes = graph, name, list[ir.Node]()
+
+    def add(self, op_type: str, inputs: Sequence[ir.Value], **attributes: float | int | Sequence[int]) -> ir.Value:
+        name = self.name if op_type == "Attention" else f"{self.name}/{op_type}_{len(self.nodes)}"
+        self.nodes.append(ir.node(op_type, inputs, attributes=attributes, name=name))
+        output = self.nodes[-1].outputs[0]
+        output.name = f"{name}:0"
+        return output
+
+    def number(self, number: float, dtype: ir.DataType) -> ir.Value:
+        """A scalar initializer, made once."""
+        name = f"attention/{dtype.name.lower()}_{number:g}"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(np.array(number, np.float64).astype(dtype.numpy()), name=name)
+            self.graph.initializers[name] = ir.Value(
+                name=name, shape=ir.Shape([]), type=ir.TensorType(dtype), const_value=tensor
+            )
+        return self.graph.initializers[name]
+
+
+def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:
+    """[N,.,D] to one head [N,1,.,D], or to [B,H,.,D] as the scores were cut."""
+    if rank == 4:
+        return value
+    if heads is None:
+        return new.add("Unsqueeze", [value, integers(new.graph, [1])])
+    cut = new.add("Slice", [heads, integers(new.graph, [0]), integers(new.graph, [2])])
+    shape = new.add("Concat", [cut, new.add("Shape", [value], start=1)], axis=0)
+    return new.add("Reshape", [value, shape])
+
+
+def _joined(new: _Nodes, block: Block, masks: dict[object, ir.Value]) -> ir.Value:
+    """One mask of all terms: boolean if all are and nothing of the masked scores is left, else added, in Q's dtype."""
+    dtype = block.q.dtype or ir.DataType.FLOAT
+    one_head = block.ranks[0] == 3 and block.heads is None
+    key = (block.terms, dtype, one_head)
+    if key not in masks:
+        terms = [(term, _in_four_axes(new, term.value) if one_head else term.value) for term in block.terms]
+        boolean = all(term.fill is not None and term.whole for term in block.terms)
+        masks[key] = _boolean(new, terms) if boolean else _added(new, terms, dtype)
+    return masks[key]
+
+
+def _in_four_axes(new: _Nodes, value: ir.Value) -> ir.Value:
+    return new.add("Unsqueeze", [value, integers(new.graph, [1])]) if rank_of(value) == 3 else value
+
+
+def _boolean(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:
+    kept = [value if term.keeps else new.add("Not", [value]) for term, value in terms]
+    mask = kept[0]
+    for value in kept[1:]:
+        mask = new.add("And", [mask, value])
+    return mask
+
+
+def _added(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataType) -> ir.Value:
+    mask: ir.Value | None = None
+    for term, value in terms:
+        if term.fill is not None:
+            fill = new.number(term.fill if np.isinf(term.fill) else max(term.fill, least(dtype)), dtype)
+            kept = mask if mask is not None else new.number(0, dtype)
+            mask = new.add("Where", [value, kept, fill] if term.keeps else [value, fill, kept])
+            continue
+        if value.dtype is not None and value.dtype != dtype:
+            value = new.add("Cast", [value], to=int(dtype))
+        if mask is None:
+            mask = new.add("Neg", [value]) if term.negative else value
+        else:
+            mask = new.add("Sub" if term.negative else "Add", [mask, value])
+    assert mask is not None, "there are terms"
+    return mask
+
+
+def _widened(new: _Nodes, block: Block, mask: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
+    ends = [(length(term.value, -2), length(term.value, -1)) for term in block.terms if (rank_of(term.value) or 0) >= 2]
+    queries, keys = block.lengths
+    if (
+        queries is not None
+        and keys is not None
+        and queries in {end[0] for end in ends}
+        and keys in {end[1] for end in ends}
+    ):
+        return mask
+    sizes = [new.add("Shape", [value], start=2, end=3) for value in (q, k)]
+    return new.add("Expand", [mask, new.add("Concat", sizes, axis=0)])

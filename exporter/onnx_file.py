@@ -1,0 +1,302 @@
+"""A foreign .onnx file: what it must be, how it comes to the opset of our graphs, and how it is made small.
+
+Whoever calls this parses bytes of unknown origin with native code: ``foreign_child`` does, in a process of its own. It knows no
+fusion and no engine.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer, version_converter
+
+from txopt.exporter.graph import FOLD_LIMIT, transpose_weights
+from txopt.exporter.weights import INLINE_BYTES
+from txopt.runtime.errors import SourceError, explain
+
+OPSET = 24
+OLDEST_OPSET = 11
+_IR_VERSION = 10  # the least that knows opset 24's operators to ONNX Runtime
+_STANDARD = ("", "ai.onnx")
+_LAYER = re.compile(r"^/?(.*?\w)[._/]+(\d+)(?=[./])")
+_FEW = 8
+
+
+def parse(path: Path) -> onnx.ModelProto:
+    """The file without its external data.
+
+    Raises:
+        SourceError: it is no ONNX file, or not a whole one.
+    """
+    expected = "expected an ONNX file"
+    try:
+        proto = onnx.load(path, load_external_data=False, format="protobuf")
+    except OSError as err:
+        raise SourceError(f"{path}: cannot be read: {err.strerror or err}") from err
+    except Exception as err:  # protobuf's own, which depends on how it was built
+        raise SourceError(
+            f"{path}: {expected}, found bytes that are none, or only the first of one; copy or export it again"
+        ) from err
+    if not proto.ir_version or not proto.HasField("graph") or not proto.graph.node:
+        raise SourceError(f"{path}: {expected}, found one without a graph; copy or export it again")
+    return proto
+
+
+def check(proto: onnx.ModelProto, path: Path) -> None:
+    """Raises SourceError with every reason why this file cannot be optimized."""
+    problems = [*_opset_problems(proto), *_operator_problems(proto)]
+    for tensor in _tensors(proto):
+        problems += _tensor_problems(tensor, path)
+    if problems:
+        shown = [*problems[:_FEW], *([f"and {len(problems) - _FEW} more"] if len(problems) > _FEW else [])]
+        raise SourceError(explain(f"{path}: cannot be optimized:", shown))
+    try:
+        onnx.checker.check_model(path)  # by its path: it then looks for external data itself
+    except onnx.checker.ValidationError as err:
+        raise SourceError(f"{path}: expected a valid ONNX graph, found: {str(err).strip()}; export it again") from err
+
+
+def convert(path: Path, proto: onnx.ModelProto) -> ir.Model:
+    """The model at opset 24, without functions; its large weights stay in their file until they are asked for.
+
+    onnxscript's converter holds from opset 18 on; below, it leaves old attributes in place (ReduceMean's axes, Unsqueeze's) and
+    says nothing. onnx's own holds from opset 11. ``fallback`` takes the first where it holds and the second where not, with
+    the weights left out, of which it takes less than 2 GB.
+
+    Raises:
+        SourceError: neither can do it.
+    """
+    found = opset(proto)
+    model = ir.load(path)
+    if "ai.onnx" in model.opset_imports:
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+    passes.RemoveInitializersFromInputsPass()(model)  # ir_version 3 had all weights there
+    version_converter.convert_version(model, OPSET, fallback=True)
+    if model.opset_imports.get("") != OPSET:
+        raise SourceError(
+            f"{path}: is of opset {found} and holds operators that cannot be brought to {OPSET}; export it with opset 17 or newer"
+        )
+    model.ir_version = max(model.ir_version or 0, _IR_VERSION)
+    return model
+
+
+def clean(model: ir.Model) -> None:
+    """Changes ``model`` in place: constants folded up to FOLD_LIMIT elements, equal nodes made one, unused ones removed.
+
+    Every node has a name then, and no small constant is in another file.
+
+    Of onnxscript's optimizer only the folding: its rewrite rules take an epsilon of 1e-12 (BERT) for zero.
+    """
+    for index, node in enumerate(model.graph):
+        node.name = node.name or f"{node.op_type}_{index}"
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.IdentityEliminationPass()(model)
+    transpose_weights(model)
+    for _ in range(2):  # what was folded may make two nodes equal, and those a constant
+        optimizer.fold_constants(
+            model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
+        )
+        passes.CommonSubexpressionEliminationPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    _bring_in(model)
+    model.producer_name, model.producer_version = "txopt", None
+
+
+def _bring_in(model: ir.Model) -> None:
+    """Whoever writes the graph finds places for large initializers only."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < INLINE_BYTES:
+            value.const_value = _loaded(tensor)
+    for node in model.graph.all_nodes():
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[name] = ir.AttrTensor(name, _loaded(attribute.value))
+
+
+def _loaded(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+
+
+def opset(proto: onnx.ModelProto) -> int | None:
+    return next((entry.version for entry in proto.opset_import if entry.domain in _STANDARD), None)
+
+
+def describe(proto: onnx.ModelProto, path: Path) -> dict[str, Any]:
+    """What is in the file, as it is: no conversion, and no complaint."""
+    graph = proto.graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    files = sorted({place for tensor in _tensors(proto) if (place := _external(tensor).get("location"))})
+    beside = [path.parent / file for file in files if (path.parent / file).is_file()]
+    return {
+        "bytes": path.stat().st_size + sum(file.stat().st_size for file in beside),
+        "external_data": files,
+        "ir_version": proto.ir_version,
+        "opset": opset(proto),
+        "producer": f"{proto.producer_name} {proto.producer_version}".strip(),
+        "inputs": [_value(value) for value in graph.input if value.name not in weights],
+        "outputs": [_value(value) for value in graph.output],
+        "nodes": len(graph.node),
+        "operators": dict(sorted(Counter(map(_operator, graph.node)).items())),
+        "parameters": sum(_size(tensor) for tensor in weights.values()),
+        "layers": _layers(graph),
+    }
+
+
+def _opset_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    found = opset(proto)
+    if found is None or not OLDEST_OPSET <= found <= OPSET:
+        what = f"opset {found}" if found is not None else "none"
+        yield f"expected a standard opset from {OLDEST_OPSET} to {OPSET}, found {what}; export it with another"
+
+
+def _operator_problems(proto: onnx.ModelProto) -> Iterator[str]:
+    functions = {(function.domain, function.name) for function in proto.functions}
+    version = opset(proto) or OPSET
+    custom: Counter[str] = Counter()
+    for node in _nodes(proto):
+        if (node.domain, node.op_type) in functions:
+            continue
+        if node.domain not in _STANDARD or not onnx.defs.has(node.op_type, min(version, OPSET)):
+            custom[_operator(node)] += 1
+    if custom:
+        found = ", ".join(f"{count} {name}" for name, count in sorted(custom.items()))
+        yield (
+            f"expected operators of the ONNX standard alone, found {found}; "
+            "give the file as it was exported, before an engine's own optimizer"
+        )
+
+
+def _tensor_problems(tensor: onnx.TensorProto, path: Path) -> Iterator[str]:
+    name = tensor.name or "a constant"
+    if tensor.data_type == onnx.TensorProto.STRING:
+        yield f"{name}: expected numbers, found strings"
+        return
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        yield from _external_problems(name, tensor, path)
+        return
+    try:
+        expected = _bytes(tensor)
+    except (KeyError, ValueError):
+        yield f"{name}: expected a tensor type of the standard, found number {tensor.data_type}"
+        return
+    if tensor.HasField("raw_data") and len(tensor.raw_data) != expected:
+        yield f"{name}: expected {expected} bytes, found {len(tensor.raw_data)}; the file is damaged"
+
+
+def _external_problems(name: str, tensor: onnx.TensorProto, path: Path) -> Iterator[str]:
+    entries = _external(tensor)
+    location, folder = entries.get("location", ""), path.parent.resolve()
+    file = folder / location
+    if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(folder):
+        yield f"{name}: expected external data inside {folder}, found {location!r}; put the data beside the graph"
+        return
+    if not file.is_file():
+        yield f"{name}: expected its data in {file}, found no file there; copy it along with the graph"
+        return
+    try:
+        offset = int(entries.get("offset", 0))
+        length = int(entries.get("length", _bytes(tensor)))
+        wanted = _bytes(tensor)
+    except (KeyError, ValueError):
+        yield f"{name}: expected an offset and a length of its external data, found {entries}"
+        return
+    if offset < 0 or length != wanted or offset + length > file.stat().st_size:
+        yield (
+            f"{name}: expected {wanted} bytes at {offset} in {file}, found {length} of a file of {file.stat().st_size}; "
+            "copy or export it again"
+        )
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node, those inside branches, loops and functions included."""
+    waiting: list[Any] = [proto.graph, *proto.functions]
+    while waiting:
+        for node in waiting.pop().node:
+            yield node
+            for attribute in node.attribute:
+                waiting += [attribute.g] if attribute.HasField("g") else []
+                waiting += attribute.graphs
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from proto.graph.initializer
+    for node in _nodes(proto):
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from graph.initializer
+
+
+def _external(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    size = 1
+    for dim in tensor.dims:
+        size *= dim
+    return size
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    if any(dim < 0 for dim in tensor.dims):
+        raise ValueError(tensor.name)
+    return -(-_size(tensor) * ir.DataType(tensor.data_type).bitwidth // 8)
+
+
+def _operator(node: onnx.NodeProto) -> str:
+    return node.op_type if node.domain in _STANDARD else f"{node.domain}::{node.op_type}"
+
+
+def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return {"name": value.name, "dtype": kind, "shape": None}
+    tensor = value.type.tensor_type
+    dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim]
+    known = tensor.elem_type in ir.DataType.__members__.values()
+    dtype = ir.DataType(tensor.elem_type).name.lower() if known else str(tensor.elem_type)
+    return {"name": value.name, "dtype": dtype, "shape": dims if tensor.HasField("shape") else None}
+
+
+def _layers(graph: onnx.GraphProto) -> list[dict[str, Any]]:
+    """Groups of equally named layers, encoder.layer.0, encoder.layer.1 ..., by the first number in a name.
+
+    A weight without such a name of its own belongs to the first node that reads it.
+    """
+    numbers: dict[str, set[int]] = {}
+    nodes: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()
+    left = {tensor.name: _size(tensor) for tensor in graph.initializer}
+
+    def group(name: str) -> str | None:
+        match = _LAYER.match(name)
+        if match is None:
+            return None
+        prefix = match[1].replace("/", ".")
+        numbers.setdefault(prefix, set()).add(int(match[2]))
+        return prefix
+
+    for name, size in list(left.items()):
+        if (prefix := group(name)) is not None:
+            parameters[prefix] += size
+            del left[name]
+    for node in graph.node:
+        if (prefix := group(node.name)) is not None:
+            nodes[prefix] += 1
+            parameters[prefix] += sum(left.pop(name, 0) for name in node.input)
+    return [
+        {"name": name, "count": len(found), "nodes": nodes[name], "parameters": parameters[name]}
+        for name, found in sorted(numbers.items())
+    ]
