@@ -1,13 +1,15 @@
 """What a derived cache is worth: ``python -m txopt.benchmarks.incremental [--out FILE.json]``.
 
-examples/cacheless.py, an nn.Transformer of 512 by 6+6 layers with random weights whose decode() takes all tokens at once: 128 tokens from the exported
-artifact against PyTorch running the full sequence again for each, batch 1 and 8, fp32, the same ids, in turn.
+An nn.Transformer of 512 by 6+6 layers with random weights whose decode() takes all tokens at once (examples/cacheless.py): 128
+tokens from the exported artifact against PyTorch running the full sequence again for each, batch 1 and 8, fp32, the same ids,
+in turn.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,10 @@ def full_sequence(module: Any, source: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def measure(work: Path) -> dict[str, Any]:
-    import torch
-
-    from txopt.examples.cacheless import Plain
     from txopt.exporter.pipeline import export
     from txopt.runtime.model import load
 
-    torch.manual_seed(0)
-    module = Plain().eval()
+    module = import_module("txopt.examples.cacheless").factory()
     model = load(export(module, work / "out").path)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "num_beams": 1}
     results = {}
