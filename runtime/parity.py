@@ -89,7 +89,7 @@ class ParityReport:
         worst: dict[str, float] = {}
         for item in self.deviations:
             key = f"{item.case}/{item.tensor}"
-            if not item.error <= worst.get(key, 0.0):  # NaN is the worst there is
+            if not item.error <= worst.get(key, -1.0):  # NaN is the worst there is, and 0 is an error too
                 worst[key] = item.error
         rounded = {key: float(f"{value:.2e}") for key, value in sorted(worst.items())}
         result = {"precision": self.precision, "tolerance": self.tolerance, "errors": rounded, "ids": self.ids}
