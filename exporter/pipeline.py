@@ -13,6 +13,7 @@ from typing import Any
 
 from txopt import __version__
 from txopt.exporter import checkpoint, fusion, graph, reference, weights
+from txopt.exporter.case_plan import plans
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import collect, collect_files
 from txopt.exporter.lowering import LOWERINGS
@@ -83,7 +84,7 @@ def export(
         origin = {**opened.origin, "fp32_islands": wide if precision != "fp32" else []}
         manifest = _manifest(opened, traced, fused, writer.directory, origin=origin, target=target, precision=precision)
         report("verify")
-        skipped = reference.skipped(opened.source.facts)
+        _, skipped = plans(opened.source.facts)
         parity = replay(writer.draft(manifest), reference_cases.load(writer.directory), skipped=skipped).require()
         return writer.commit(_certified(manifest, parity))
 

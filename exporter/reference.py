@@ -1,7 +1,7 @@
 """Records reference cases from PyTorch, on shapes that were not traced.
 
-Owns the choice of cases; what is kept of them is cases.py's. Everything is drawn from one seed, so that the same source gives
-the same file.
+Owns what PyTorch is asked; which cases there are is case_plan.py's, what is kept of them cases.py's. Everything is drawn from
+one seed, so that the same source gives the same file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from txopt.exporter.case_plan import Plan, plans
 from txopt.exporter.precision import in_float32
 from txopt.exporter.source import Facts, Forward, Source
 from txopt.runtime.cases import Case, draw_floats, lengths, log_sum_exp, sample
-from txopt.runtime.session import FIRST_BUCKET
 
 SEED = 20261123
 NEW_TOKENS = 12
 BEAMS = 4
-
-# name, source lengths of the rows, calls of the decoder by their number of query tokens
-_TEXT_CASES = (
-    ("single", (5,), (1,) * 6),
-    ("padded", (9, 4, 7), (1, 3, 1, 2)),
-    ("past-the-first-bucket", (3,), (2, FIRST_BUCKET - 3, 1, 1, 4)),
-)
 
 
 def record(source: Source) -> list[Case]:
@@ -36,42 +29,12 @@ def record(source: Source) -> list[Case]:
     """
     generator = np.random.default_rng(SEED)
     with torch.no_grad(), in_float32(source):
-        return [_record(source, name, rows, schedule, generator) for name, rows, schedule in _cases(source.facts)]
+        return [_record(source, plan, generator) for plan in plans(source.facts)[0]]
 
 
-def skipped(facts: Facts) -> list[str]:
-    """What is not asked of this source, and why."""
-    if facts.kind == "encoder":
-        return ["no decoder: nothing is generated"]
-    asked = {name for name, _, _ in _cases(facts)}
-    return [
-        f'case "{name}": the model has {facts.limit} target positions, too few to outgrow the first buffer of {FIRST_BUCKET}'
-        for name, _, _ in _TEXT_CASES
-        if name not in asked
-    ]
-
-
-def _cases(facts: Facts) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    chosen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-    rows: tuple[int, ...]
-    schedule: tuple[int, ...]
-    for name, rows, schedule in _TEXT_CASES:
-        if facts.kind == "encoder":
-            if name == "past-the-first-bucket":
-                continue
-            schedule = ()
-        if facts.limit is not None and sum(schedule) > facts.limit:
-            continue  # this model cannot outgrow a bucket
-        rows = tuple(min(length, facts.source_limit or length) for length in rows)
-        chosen.append((name, rows, schedule))
-    return chosen
-
-
-def _record(
-    source: Source, name: str, rows: tuple[int, ...], schedule: tuple[int, ...], generator: np.random.Generator
-) -> Case:
+def _record(source: Source, plan: Plan, generator: np.random.Generator) -> Case:
     facts = source.facts
-    inputs = _inputs(source, rows, generator)
+    inputs = _inputs(source, plan.rows, generator)
     tensors = {
         key: torch.from_numpy(value) for key, value in inputs.items()
     }  # floats are float32, as the weights are now
@@ -79,13 +42,13 @@ def _record(
         outputs = {key: value.numpy() for key, value in source.outputs(tensors).items()}
         counts = lengths(inputs, 0)
         expected = {key: _tagged(sample(key, value, counts), key, counts) for key, value in outputs.items()}
-        return Case(name=name, inputs=inputs, tokens=np.zeros((len(rows), 0), np.int64), expected=expected)
-    tokens = _ids(facts, facts.vocabulary, (len(rows), sum(schedule)), generator)
+        return Case(name=plan.name, inputs=inputs, tokens=np.zeros((len(plan.rows), 0), np.int64), expected=expected)
+    tokens = _ids(facts, facts.vocabulary, (len(plan.rows), sum(plan.schedule)), generator)
     forward = source.forward(tensors, torch.from_numpy(tokens))
-    case = Case(name=name, inputs=inputs, tokens=tokens, schedule=schedule, expected=_expected(forward, inputs))
-    if name == "past-the-first-bucket":
-        return case
-    return _with_generated(source, case, tensors)
+    case = Case(
+        name=plan.name, inputs=inputs, tokens=tokens, schedule=plan.schedule, expected=_expected(forward, inputs)
+    )
+    return _with_generated(source, case, tensors) if plan.generates else case
 
 
 def _expected(forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +75,8 @@ def _tagged(value: Any, name: str, counts: Sequence[int]) -> Any:
 
 def _with_generated(source: Source, case: Case, tensors: Mapping[str, Tensor]) -> Case:
     facts = source.facts
-    longest = NEW_TOKENS if facts.limit is None else min(NEW_TOKENS, facts.limit - 1)
+    prompt = tensors["input_ids"].shape[1] if facts.kind == "decoder" else 1
+    longest = NEW_TOKENS if facts.limit is None else min(NEW_TOKENS, facts.limit - prompt)
     common: dict[str, Any] = {"max_new_tokens": longest, "do_sample": False}
     generated, options, margins, scores = {}, {}, None, None
     greedy = {**common, "num_beams": 1}

@@ -136,13 +136,26 @@ def _uncuttable(pack: Pack) -> str | None:
     one_shape = len({projection.reshape.inputs[1] for projection in pack}) == 1
     if not one_shape and len({_rows_tokens_size(projection.reshape) for projection in pack}) != 1:
         return "Q, K and V are cut into heads by different shapes"
-    sizes = _sizes(pack[0].reshape)
-    if sizes is None or not isinstance(sizes[3], int) or sizes[3] < 1:
+    sizes, head_sizes = _sizes(pack[0].reshape), {_head_size(projection) for projection in pack}
+    if sizes is None or None in head_sizes:
         return "the shape that cuts into heads does not say their size"
-    counts = {_width(projection.weight) / sizes[3] for projection in pack}
+    if len(head_sizes) != 1:
+        return "the heads of Q, K and V are of different sizes"
+    counts = {_width(projection.weight) / size for projection in pack for size in head_sizes if size}
     if one_shape and isinstance(sizes[2], int) and sizes[2] > 0 and counts != {sizes[2]}:
         return "the shape that cuts into heads says another number of them than the weights"
     return None
+
+
+def _head_size(projection: _Projection) -> int | None:
+    """As the shape says, or what -1 comes to for a known number of heads."""
+    sizes = _sizes(projection.reshape)
+    if sizes is None or not isinstance(sizes[3], int):
+        return None
+    if sizes[3] != -1:
+        return sizes[3] if sizes[3] > 0 else None
+    width, heads = _width(projection.weight), sizes[2]
+    return width // heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else None
 
 
 def _rows_tokens_size(reshape: ir.Node) -> object:
@@ -194,11 +207,11 @@ def _rewrite(
     if any(projection.bias is not None for projection in pack):
         bias = _side_by_side(graph, [projection.bias for projection in pack], widths, packed)
         nodes.append(ir.node("Add", [matmul.outputs[0], bias], name=f"{name}_bias"))
-    sizes = _sizes(pack[0].reshape)
+    sizes, head_size = _sizes(pack[0].reshape), _head_size(pack[0])
     assert sizes is not None, "_uncuttable() asked"
-    assert isinstance(sizes[3], int)
-    heads = [width // sizes[3] for width in widths]
-    sizes[2] = sum(heads)
+    assert head_size is not None
+    heads = [width // head_size for width in widths]
+    sizes[2:] = [sum(heads), head_size]
     shape = ir.node("Concat", [_as_value(graph, size) for size in sizes], attributes={"axis": 0}, name=f"{name}_shape")
     cut = ir.node("Reshape", [nodes[-1].outputs[0], shape.outputs[0]], pack[0].reshape.attributes, name=f"{name}_heads")
     by_head = ir.node("Transpose", cut.outputs, attributes={"perm": list(_BY_HEAD)}, name=f"{name}_by_head")

@@ -213,6 +213,13 @@ def test_a_constant_may_cut_into_heads(lengths: tuple[int, int]) -> None:
     np.testing.assert_allclose(run(model, block.feeds())[0], run(block.model(), block.feeds())[0], rtol=0, atol=1e-5)
 
 
+def test_the_weights_say_the_size_of_heads_that_the_shape_leaves_open() -> None:
+    block = Block(cut=("x[0]", "x[1]", HEADS, -1))
+    model = block.model()
+    assert fuse(model).fused == 1
+    check_same(block, model)
+
+
 def test_layers_that_share_all_three_weights_share_one_packed_weight() -> None:
     model = Block(layers=("a.", "a.")).model()
     fuse(model)
@@ -235,7 +242,11 @@ NEAR_MISSES: dict[str, tuple[Block, list[str]]] = {
         Block(cut=("x[0]", -1, HEADS, SIZE), kv_heads=2),
         ["the shape that cuts into heads says another number of them than the weights"],
     ),
-    "head size left open": (Block(cut=("x[0]", "x[1]", HEADS, -1)), [CLOSED]),
+    "heads and their size left open": (Block(cut=("x[0]", "x[1]", "x[0]", -1)), [CLOSED]),
+    "size left open, K and V narrower": (
+        Block(cut=("x[0]", "x[1]", HEADS, -1), kv_heads=2),
+        ["the heads of Q, K and V are of different sizes"],
+    ),
     "product read elsewhere": (Block().use("Neg", "layer.0/q_product"), []),
     "sum read elsewhere": (Block().use("Neg", "layer.0/k_shifted"), []),
     "cut read elsewhere": (Block().use("Neg", "layer.0/v_cut"), []),
