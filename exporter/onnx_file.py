@@ -25,6 +25,7 @@ _IR_VERSION = 10  # the least that knows opset 24's operators to ONNX Runtime
 _STANDARD = ("", "ai.onnx")
 _LAYER = re.compile(r"^/?(.*?\w)[._/]+(\d+)(?=[./])")
 _FEW = 8
+_LENGTHS = 8  # elements: equal axes, shapes and scalars are made one, weights that happen to be equal are not
 
 
 def parse(path: Path) -> onnx.ModelProto:
@@ -102,6 +103,8 @@ def clean(model: ir.Model) -> None:
         optimizer.fold_constants(
             model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
         )
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        passes.DeduplicateInitializersPass(size_limit=_LENGTHS)(model)
         passes.CommonSubexpressionEliminationPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.RemoveUnusedNodesPass()(model)

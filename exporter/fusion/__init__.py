@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion import attention, gelu, layer_norm, qkv, reshape, rms_norm, scale
+from txopt.exporter.fusion import attention, einsum, gelu, layer_norm, lengths, qkv, reshape, rms_norm, scale
 from txopt.exporter.fusion.report import Report
 
 FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (
@@ -17,10 +17,12 @@ FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (
 
 # What graphs from any exporter are searched for; ours never hold a written-out attention or layer norm.
 FOREIGN: tuple[Callable[[ir.Model], Report], ...] = (
-    attention.fuse,  # before those that look for the operator
     layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
     rms_norm.fuse,
     gelu.fuse,
+    einsum.fuse,  # before attention, which looks for MatMul
+    lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
+    attention.fuse,  # before those that look for the operator
     reshape.fuse,
     scale.fuse,
     qkv.fuse,

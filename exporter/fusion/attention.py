@@ -4,7 +4,8 @@
 
 Found from its Softmax, by meaning rather than by one spelling:
 
-    scores   MatMul of Q and K^T, 4D [B,H,Q,D] or 3D [N,Q,D]; 3D scores may be cut into [B,H,Q,K] for the mask and joined again
+    scores   MatMul of Q and K^T, 4D [B,H,Q,D], 5D [B,G,H,Q,D] or 3D [N,Q,D]; 3D scores may be cut into [B,H,Q,K] for the mask and
+             joined again
     K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew
     scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
     mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
@@ -87,11 +88,11 @@ class _Chain:
         elif node.op_type in ("Add", "Sub"):
             if node.op_type == "Sub" and index == 1:
                 raise _Refusal(f"{node.name} subtracts the scores")
-            self._mask_by(node, Term(_input(node, 1 - index), negative=node.op_type == "Sub"))
+            self._mask_by(Term(_input(node, 1 - index), self.rank, negative=node.op_type == "Sub"))
         elif node.op_type == "Where":
             fill = _fill(node, 3 - index)
             whole = fill <= least(node.outputs[0].dtype)
-            self._mask_by(node, Term(_input(node, 0), fill=fill, keeps=index == 1, whole=whole))
+            self._mask_by(Term(_input(node, 0), self.rank, fill=fill, keeps=index == 1, whole=whole))
         elif node.op_type == "Max" and len(node.inputs) == 2:
             _fill(node, 1 - index)
         elif node.op_type == "Reshape":
@@ -112,7 +113,6 @@ class _Chain:
         if cuts and _may_copy_lengths(shape):
             raise _Refusal(f"{reshape.name} has a shape that may copy lengths")
         self.rank, self.heads = (4, shape) if cuts else (3, self.heads)
-        self._check_masks(reshape)
 
     def _scale_by(self, node: ir.Node, index: int) -> None:
         factor = number_of(_input(node, 1 - index))
@@ -122,16 +122,10 @@ class _Chain:
             raise _Refusal(f"{node.name} scales after the mask")
         self.scale *= 1 / factor if node.op_type == "Div" else factor
 
-    def _mask_by(self, node: ir.Node, term: Term) -> None:
-        rank = rank_of(term.value)
-        if rank is None:
+    def _mask_by(self, term: Term) -> None:
+        if rank_of(term.value) is None:
             raise _Refusal(f"the rank of the mask {term.value.name} is not known")
         self.terms.append(term)
-        self._check_masks(node)
-
-    def _check_masks(self, node: ir.Node) -> None:
-        if self.heads is not None and any(rank_of(term.value) == 3 for term in self.terms):
-            raise _Refusal(f"{node.name}: a mask has three axes, the scores three and four")
 
 
 def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
@@ -140,7 +134,7 @@ def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
     ranks = rank_of(q), rank_of(kt), rank_of(v)
     if ranks[0] is None or None in ranks:
         raise _Refusal("the ranks of Q, K and V are not known")
-    if ranks[0] not in (3, 4) or ranks[0] != ranks[1]:
+    if ranks[0] not in (3, 4, 5) or ranks[0] != ranks[1]:
         raise _Refusal(f"Q and K have {ranks[0]} and {ranks[1]} axes")
     chain = _followed(softmax, above, below, ranks[0])
     if chain.rank != ranks[2]:
@@ -213,6 +207,8 @@ def _check_batches(q: ir.Value, kt: ir.Value, v: ir.Value) -> None:
         raise _Refusal("the batches of Q, K and V are not the same")
     if rank_of(q) == 4 and (differ(kt, v, 1) or (differ(q, kt, 1) and length(kt, 1) != 1)):
         raise _Refusal("the heads of Q, K and V are not the same")
+    if rank_of(q) == 5 and any(differ(q, other, axis) for other in (kt, v) for axis in (1, 2)):
+        raise _Refusal("the groups of Q, K and V are not the same")
 
 
 def _factor(value: ir.Value) -> tuple[ir.Value, float]:

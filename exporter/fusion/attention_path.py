@@ -16,7 +16,7 @@ _FARTHEST = 12  # nodes; a path is rarely longer than six
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
-Length = int | tuple[ir.Value, int]  # a number, or the length of a value's axis
+Length = int | tuple[ir.Value, int] | ir.Value  # a number, the length of a value's axis, or whatever a value holds
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _behind_three_axes(kt: ir.Value) -> ir.Value | None:
     if split is None or transpose is None or join is None or k is None or k.shape is None or len(k.shape) != 4:
         return None
     permutation = transpose.attributes.get("perm")
-    joined, cut = _lengths(join.inputs[1]), _lengths(split.inputs[1])
+    joined, cut = lengths_of(join.inputs[1]), lengths_of(split.inputs[1])
     if permutation is None or tuple(permutation.as_ints()) != (0, 2, 1) or joined is None or cut is None:
         return None
     wanted = [((k, axis), length(k, axis)) for axis in range(4)]
@@ -212,8 +212,8 @@ def _producer(node: ir.Node | None, op_type: str) -> ir.Node | None:
     return None if value is None else value.producer()
 
 
-def _lengths(shape: ir.Value | None) -> tuple[Length, ...] | None:
-    """What a shape holds: numbers, and (value, axis) for a length of a value; None where it is made otherwise."""
+def lengths_of(shape: ir.Value | None) -> tuple[Length, ...] | None:
+    """What a shape holds, one by one; None where not even its parts are known."""
     if shape is None:
         return None
     if shape.const_value is not None:
@@ -225,15 +225,23 @@ def _lengths(shape: ir.Value | None) -> tuple[Length, ...] | None:
     if node.op_type == "Shape":
         rank = rank_of(node.inputs[0])
         return None if rank is None else tuple((node.inputs[0], axis) for axis in range(rank))[start:end]
-    parts = [_lengths(value) for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
+    parts = [lengths_of(value) for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
     if node.op_type == "Concat":
-        return None if None in parts else tuple(one for part in parts for one in part or ())
+        single = [_alone(value) if part is None else part for value, part in zip(node.inputs, parts, strict=True)]
+        return None if None in single else tuple(one for part in single for one in part or ())
+    if node.op_type in ("Squeeze", "Unsqueeze", "Identity") and parts[0] is not None and len(parts[0]) == 1:
+        return parts[0]
     if node.op_type == "Gather" and parts[0] is not None and (index := scalar(node.inputs[1])) is not None:
         return parts[0][int(index) :][:1]
     if node.op_type == "Slice" and parts[0] is not None and len(node.inputs) < 5:
         first, last = scalar(node.inputs[1]), scalar(node.inputs[2])
         return None if first is None or last is None else parts[0][int(first) : int(last)]
     return None
+
+
+def _alone(part: ir.Value | None) -> tuple[Length, ...] | None:
+    """A part of a shape that is one number, computed somehow."""
+    return None if part is None or part.shape is None or part.shape != (1,) else (part,)
 
 
 def number_of(value: ir.Value | None) -> float | None:
@@ -243,7 +251,7 @@ def number_of(value: ir.Value | None) -> float | None:
     if number is not None or node is None:
         return number
     if node.op_type in ("Shape", "Slice", "Gather"):
-        found = _lengths(value)
+        found = lengths_of(value)
         return _known(found[0]) if found is not None and len(found) == 1 else None
     if node.op_type not in _ARITHMETIC or any(operand is None for operand in node.inputs[: _ARITHMETIC[node.op_type]]):
         return None
@@ -278,6 +286,8 @@ def _known(found: Length) -> float | None:
     """A length from ``_lengths`` as a number, also where only the Reshape before says it."""
     if isinstance(found, int):
         return float(found)
+    if isinstance(found, ir.Value):
+        return number_of(found)
     value, axis = found
     size = length(value, axis)
     node = value.producer()
@@ -285,6 +295,6 @@ def _known(found: Length) -> float | None:
         return float(size) if isinstance(size, int) else None
     if node.op_type == "Transpose" and node.inputs[0] is not None and "perm" in node.attributes:
         return _known((node.inputs[0], node.attributes["perm"].as_ints()[axis]))
-    cut = _lengths(node.inputs[1]) if node.op_type == "Reshape" else None
+    cut = lengths_of(node.inputs[1]) if node.op_type == "Reshape" else None
     known = cut[axis] if cut is not None else None
     return float(known) if isinstance(known, int) and known > 0 else None

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from txopt.exporter.fusion.attention_path import least, length, rank_of
+from txopt.exporter.fusion.attention_path import least, length, lengths_of, rank_of
+from txopt.exporter.fusion.lengths import origin
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.graph import integers
 
 
 @dataclass(frozen=True)
 class Term:
-    """What masks scores: ``value`` is added, or subtracted if ``negative``; with a ``fill`` it is a boolean that ``keeps``
-    scores or fills them. ``whole``: the fill is -inf or the dtype's least number."""
+    """What masks scores of ``rank`` axes: ``value`` is added, or subtracted if ``negative``; with a ``fill`` it is a boolean that
+    ``keeps`` scores or fills them. ``whole``: the fill is -inf or the dtype's least number."""
 
     value: ir.Value
+    rank: int
     negative: bool = False
     fill: float | None = None
     keeps: bool = True
@@ -64,8 +66,8 @@ def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> Non
     y = new.add("Attention", inputs, scale=block.scale, **precision)
     if block.ranks[1] == 3 and block.heads is None:
         new.add("Squeeze", [y, integers(graph, [1])])
-    elif block.ranks[1] == 3:
-        sizes = [new.add("Shape", [block.v], start=0, end=1), new.add("Shape", [y], start=2)]
+    elif block.ranks[1] != 4:  # the axes before queries or keys as V has them
+        sizes = [new.add("Shape", [block.v], start=0, end=-2), new.add("Shape", [y], start=2)]
         new.add("Reshape", [y, new.add("Concat", sizes, axis=0)])
     replace(graph, block.last, *new.nodes)
 
@@ -95,30 +97,47 @@ class _Nodes:
 
 
 def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:
-    """[N,.,D] to one head [N,1,.,D], or to [B,H,.,D] as the scores were cut."""
+    """[N,.,D] to one head [N,1,.,D], or to [B,H,.,D] as the scores were cut; [B,G,H,.,D] to [B,G*H,.,D]."""
     if rank == 4:
         return value
+    if rank == 5:
+        sizes = [
+            new.add("Shape", [value], start=0, end=1),
+            integers(new.graph, [-1]),
+            new.add("Shape", [value], start=3),
+        ]
+        return new.add("Reshape", [value, new.add("Concat", sizes, axis=0)])
     if heads is None:
         return new.add("Unsqueeze", [value, integers(new.graph, [1])])
     cut = new.add("Slice", [heads, integers(new.graph, [0]), integers(new.graph, [2])])
-    shape = new.add("Concat", [cut, new.add("Shape", [value], start=1)], axis=0)
-    return new.add("Reshape", [value, shape])
+    size, known = origin((value, 2)), lengths_of(heads)
+    if isinstance(size, int) and known is not None and -1 not in known[:2]:
+        rest = integers(new.graph, [-1, size])  # so that nothing else reads the value
+    else:
+        rest = new.add("Shape", [value], start=1)
+    return new.add("Reshape", [value, new.add("Concat", [cut, rest], axis=0)])
 
 
 def _joined(new: _Nodes, block: Block, masks: dict[object, ir.Value]) -> ir.Value:
     """One mask of all terms: boolean if all are and nothing of the masked scores is left, else added, in Q's dtype."""
     dtype = block.q.dtype or ir.DataType.FLOAT
-    one_head = block.ranks[0] == 3 and block.heads is None
-    key = (block.terms, dtype, one_head)
+    key = (block.terms, dtype, block.heads, block.q if block.ranks[0] == 5 else block.ranks[0] == 3)
     if key not in masks:
-        terms = [(term, _in_four_axes(new, term.value) if one_head else term.value) for term in block.terms]
+        terms = [(term, _in_four_axes(new, block, term)) for term in block.terms]
         boolean = all(term.fill is not None and term.whole for term in block.terms)
         masks[key] = _boolean(new, terms) if boolean else _added(new, terms, dtype)
     return masks[key]
 
 
-def _in_four_axes(new: _Nodes, value: ir.Value) -> ir.Value:
-    return new.add("Unsqueeze", [value, integers(new.graph, [1])]) if rank_of(value) == 3 else value
+def _in_four_axes(new: _Nodes, block: Block, term: Term) -> ir.Value:
+    """A mask beside the scores that it was for, which are [B,H,Q,K] now; numpy's rules align it from the right."""
+    value, rank = term.value, rank_of(term.value)
+    if term.rank == 5 and rank is not None and rank > 2:
+        whole = [new.add("Shape", [block.q], start=0, end=3), new.add("Shape", [value], start=-2)]
+        return _by_head(new, new.add("Expand", [value, new.add("Concat", whole, axis=0)]), 5, None)
+    if term.rank == 3 and rank == 3 and length(value, 0) != 1:
+        return _by_head(new, value, 3, block.heads)
+    return value
 
 
 def _boolean(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:

@@ -1,12 +1,14 @@
 """Shape arithmetic that says one thing twice: equal ``Shape`` nodes become one, a ``Reshape`` of a ``Reshape`` only the second.
 
 Two ``Shape`` nodes are equal where the axes they read have equal names, which the trace gives to equal lengths only. Refused, with
-the node's name: a second ``Reshape`` whose zeros copy lengths of the first (``allowzero`` 0 and a shape that may hold zeros).
+the node's name: a second ``Reshape`` whose zeros copy lengths of the first (``allowzero`` 0 and a shape that may hold zeros; one put
+together of other values' lengths holds none).
 """
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from txopt.exporter.fusion.attention_path import lengths_of
 from txopt.exporter.fusion.report import Report
 
 
@@ -55,5 +57,5 @@ def _axes(node: ir.Node) -> tuple[str, ...] | None:
 def _may_copy_lengths(node: ir.Node) -> bool:
     if "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1:
         return False
-    shape = node.inputs[1]
-    return shape is None or shape.const_value is None or 0 in shape.const_value.numpy()
+    lengths = lengths_of(node.inputs[1])
+    return lengths is None or any(isinstance(one, ir.Value) or one == 0 for one in lengths)

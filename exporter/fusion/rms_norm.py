@@ -2,6 +2,8 @@
 
     x -> [Cast fp32] -> Pow(2) -> ReduceMean(last axis) -> Add(epsilon) -> Sqrt -> Reciprocal -> Mul(x) -> [Cast] -> Mul(weight)
 
+Instead of the Reciprocal there may be 1 / root, as torch's old exporter writes it.
+
 Source: ONNX operator RMSNormalization (opset 23); with casts around it, its ``stash_type=1`` says the same: statistics in fp32.
 Refused, with the node's name: an exponent other than 2, another axis, an epsilon or weight that is no constant, an intermediate
 that something else reads.
@@ -50,7 +52,7 @@ def _match(power: ir.Node) -> _Norm | str | None:
         return f"the mean is over axes {axes}, not [-1]"
     add = only_user(mean.outputs[0], "Add")
     root = add and only_user(add.outputs[0], "Sqrt")
-    inverse = root and only_user(root.outputs[0], "Reciprocal")
+    inverse = root and _inverse(root.outputs[0])
     last = inverse and only_user(inverse.outputs[0], "Mul")
     if add is None or last is None:
         return "the mean of squares is not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"
@@ -67,6 +69,11 @@ def _match(power: ir.Node) -> _Norm | str | None:
     return _Norm(_before_widening(x), weight, epsilon, weighted)
 
 
+def _inverse(root: ir.Value) -> ir.Node | None:
+    divided = only_user(root, "Div")
+    return divided if divided is not None and scalar(divided.inputs[0]) == 1 else only_user(root, "Reciprocal")
+
+
 def _before_widening(x: ir.Value) -> ir.Value:
     cast = x.producer()
     if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
@@ -80,8 +87,10 @@ def _is_vector(value: ir.Value | None) -> bool:
 
 def _rewrite(graph: ir.Graph, norm: _Norm) -> None:
     attributes = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
-    scope = norm.last.name.rpartition("/")[0] if norm.last.name else ""
-    name = f"{scope}/RMSNormalization".lstrip("/")
+    last = norm.last.name or ""
+    name = f"{last.rpartition('/')[0] or last}/RMSNormalization".lstrip(
+        "/"
+    )  # without scopes, as dynamo names: by the node
     if norm.x.dtype == norm.weight.dtype:
         replace(graph, norm.last, ir.node("RMSNormalization", [norm.x, norm.weight], attributes=attributes, name=name))
         return

@@ -4,7 +4,7 @@
 
 Source: ONNX operator Attention (opset 23), whose scores are Q K^T scale. Keys are left alone: where they are cached, the cache
 holds them scaled. Refused, with the node's name: a factor that is no positive constant, which the operator's square roots would
-not survive, and a scaled value that something else reads too.
+not survive, and a scaled value that something else reads too, but for its shape.
 """
 
 import onnx_ir as ir
@@ -43,7 +43,8 @@ def _scaling(attention: ir.Node) -> tuple[ir.Node | None, bool]:
     """What multiplies the queries, and whether all between it and ``attention`` is read once."""
     value, alone = attention.inputs[0], True
     while value is not None and (node := value.producer()) is not None:
-        alone = alone and len(value.uses()) == 1 and not value.is_graph_output()
+        readers = [user for user, _ in value.uses() if user.op_type != "Shape"]
+        alone = alone and len(readers) == 1 and not value.is_graph_output()
         if node.op_type in ("Mul", "Div") and any(scalar(factor) is not None for factor in node.inputs):
             return node, alone
         if node.op_type not in _ON_THE_WAY:

@@ -29,6 +29,10 @@ INPUTS = {
     "q3": "float[N,Q,4]",
     "k3": "float[N,K,4]",
     "v3": "float[N,K,4]",
+    "q5": "float[B,3,2,Q,4]",
+    "k5": "float[B,3,2,K,4]",
+    "v5": "float[B,3,2,K,4]",
+    "bias5": "float[B,1,2,Q,K]",
     "bias": "float[B,1,Q,K]",
     "position": "float[1,2,Q,K]",
     "row": "float[B,1,1,K]",
@@ -56,6 +60,7 @@ CONSTANTS: dict[str, Array] = {
     "ratio": np.array(0.1, np.float32),
     "keys": np.array([-1], np.int64),
     "by_head": np.array([-1, 2, 3, 5], np.int64),
+    "by_known": np.array([2, 2, -1, 5], np.int64),
     "joined": np.array([-1, 3, 5], np.int64),
     "wrongly": np.array([-1, 2, 5, 3], np.int64),
     "shape_k3": np.array([-1, 5, 4], np.int64),
@@ -69,7 +74,9 @@ KT = "kt = Transpose<perm=[0,1,3,2]>(k) "
 KT3 = "kt = Transpose<perm=[0,2,1]>(k3) "
 S = KT + "s = MatMul(q, kt) "
 S3 = KT3 + "s = MatMul(q3, kt) "
+S5 = "kt = Transpose<perm=[0,1,2,4,3]>(k5) s = MatMul(q5, kt) "
 P = "p = Softmax<axis=-1>({}) y = MatMul(p, v)"
+P5 = "p = Softmax<axis=-1>({}) y = MatMul(p, v5)"
 P3 = "p = Softmax<axis=-1>({}) y = MatMul(p, v3)"
 WIDER = {"Shape": 2, "Concat": 1, "Expand": 1}
 
@@ -171,11 +178,7 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         {},
     ),
     "three axes": (S3 + P3.format("s"), 1, {"Unsqueeze": 3, "Squeeze": 1}),
-    "three axes, a bias of three": (
-        S3 + "m = Mul(s, half) a = Add(bias3, m) " + P3.format("a"),
-        0.5,
-        {"Unsqueeze": 4, "Squeeze": 1},
-    ),
+    "three axes, a bias of three": (S3 + "a = Add(bias3, s) " + P3.format("a"), 1, {"Unsqueeze": 4, "Squeeze": 1}),
     "three axes, a bias of two": (S3 + "a = Add(s, plane) " + P3.format("a"), 1, {"Unsqueeze": 3, "Squeeze": 1}),
     "three axes, cut for the mask": (
         S3 + "h = Reshape(s, by_head) a = Add(h, bias) j = Reshape(a, joined) " + P3.format("j"),
@@ -188,6 +191,22 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         "p = Softmax(w) f = Reshape(p, joined) y = MatMul(f, v3)",
         1,
         {"Slice": 3, "Shape": 5, "Concat": 4, "Reshape": 4, "Where": 1},
+    ),
+    "three axes, a bias of three, cut for a mask and joined": (
+        S3 + "m = Add(s, bias3) h = Reshape(m, by_head) a = Add(h, bias) j = Reshape(a, joined) " + P3.format("j"),
+        1,
+        {"Slice": 4, "Shape": 6, "Concat": 5, "Reshape": 5, "Add": 1},
+    ),
+    "five axes": (S5 + P5.format("s"), 1, {"Shape": 8, "Concat": 4, "Reshape": 4}),
+    "five axes, a bias of five and one of two": (
+        S5 + "a = Add(s, bias5) b = Add(a, plane) " + P5.format("b"),
+        1,
+        {"Shape": 12, "Concat": 6, "Reshape": 5, "Expand": 1, "Add": 1},
+    ),
+    "three axes, cut by known lengths": (
+        S3 + "h = Reshape(s, by_known) a = Add(h, bias) j = Reshape(a, joined) " + P3.format("j"),
+        1,
+        {"Slice": 3, "Shape": 2, "Concat": 4, "Reshape": 4},
     ),
     "three axes, cut for V": (
         S3 + "h = Reshape(s, by_head) " + P.format("h"),
@@ -220,9 +239,9 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
         "kt = Transpose<perm=[0,1,3,2]>(k_single) s = MatMul(q, kt) " + P.format("s"),
         "the batches",
     ),
-    "five axes": (
-        "a = Unsqueeze(q, keys) kt = Transpose<perm=[0,1,2,4,3]>(a) s = MatMul(a, kt) p = Softmax(s) y = MatMul(p, a)",
-        "5 axes",
+    "six axes": (
+        "a = Unsqueeze(q5, keys) kt = Transpose<perm=[0,1,2,3,5,4]>(a) s = MatMul(a, kt) p = Softmax(s) y = MatMul(p, a)",
+        "6 axes",
     ),
     "an unknown rank": ("a = Expand(q, any) kt = Transpose<perm=[0,1,3,2]>(k) s = MatMul(a, kt) " + P.format("s"), "ranks"),
     "three axes, cut otherwise": (
@@ -245,7 +264,7 @@ def model(nodes: str, dtype: str = "float") -> ir.Model:
     if "any" in words:
         inputs["any"] = "int64[M]"
     header = ", ".join(f"{kind} {name}" for name, kind in inputs.items())
-    axes = "a,b,c" if "v3" in words else "a,b,c,d"
+    axes = "a,b,c" if "v3" in words else "a,b,c,d,e" if "v5" in words else "a,b,c,d"
     text = f'<ir_version: 10, opset_import: ["" : 24]> attention ({header}) => ({dtype}[{axes}] y) {{ {nodes} }}'
     proto = onnx.parser.parse_model(text)
     for index, node in enumerate(proto.graph.node):

@@ -1,0 +1,153 @@
+"""Lengths read where they first appear: through which operators they are followed, through which not, and that they stay equal."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from tests.exporter.plain_engine import run
+from txopt.exporter.fusion.lengths import fuse
+from txopt.exporter.graph import count
+
+CONSTANTS = {
+    "weight": np.ones((6, 8), np.float32),
+    "table": np.ones((50, 6), np.float32),
+    "row": np.ones(6, np.float32),
+    "number": np.array(2, np.float32),
+    "zero": np.array(0, np.int64),
+    "one": np.array(1, np.int64),
+    "two": np.array(2, np.int64),
+    "last": np.array(-1, np.int64),
+    "zeros": np.array([0], np.int64),
+    "ones": np.array([1], np.int64),
+    "twos": np.array([2], np.int64),
+    "threes": np.array([3], np.int64),
+    "left": np.array([-1], np.int64),
+    "heads": np.array([2], np.int64),
+    "size": np.array([3], np.int64),
+    "copied": np.array([0, 0, 2, 3], np.int64),
+}
+
+# nodes that make v of x [B,T,6], the index of a length of v, and whose length that is; None: nobody else's
+FOLLOWED: dict[str, tuple[str, str, tuple[str, int] | int]] = {
+    "activation": ("v = Relu(x)", "one", ("x", 1)),
+    "several of them": ("a = Relu(x) b = Tanh(a) v = Cast<to=10>(b)", "zero", ("x", 0)),
+    "norm": ("v = LayerNormalization(x, row)", "one", ("x", 1)),
+    "number added": ("v = Add(number, x)", "one", ("x", 1)),
+    "bias added": ("v = Add(x, row)", "one", ("x", 1)),
+    "residual": ("a = Relu(x) v = Add(a, x)", "one", ("x", 1)),
+    "projection, tokens": ("v = MatMul(x, weight)", "one", ("x", 1)),
+    "projection, width": ("v = MatMul(x, weight)", "two", 8),
+    "products, queries": ("t = Transpose<perm=[0,2,1]>(x) v = MatMul(x, t)", "one", ("x", 1)),
+    "products, keys": ("t = Transpose<perm=[0,2,1]>(x) v = MatMul(x, t)", "last", ("x", 1)),
+    "transpose": ("v = Transpose<perm=[1,0,2]>(x)", "zero", ("x", 1)),
+    "transpose without order": ("v = Transpose(x)", "last", ("x", 0)),
+    "lookup, tokens": ("i = Cast<to=7>(x) v = Gather(table, i)", "one", ("x", 1)),
+    "reshape that copies": ("v = Reshape(x, copied)", "one", ("x", 1)),
+    "reshape by a number": ("v = Reshape(x, copied)", "two", 2),
+    "reshape by lengths": (
+        "s = Shape(x) b = Gather(s, zero) t = Gather(s, one) c = Unsqueeze(b, zeros) d = Unsqueeze(t, zeros) "
+        "h = Concat<axis=0>(d, c, heads, size) v = Reshape(x, h)",
+        "zero",
+        ("x", 1),
+    ),
+    "reshape that leaves what is left": (
+        "b = Shape<end=1>(x) h = Concat<axis=0>(b, left, twos, threes) a = Reshape(x, h) c = Concat<axis=0>(b, left, twos, threes) "
+        "v = Reshape(a, c)",
+        "two",
+        2,
+    ),
+    "slice along another axis": ("v = Slice(x, zeros, ones, twos)", "one", ("x", 1)),
+    "concat along another axis": ("v = Concat<axis=2>(x, x)", "one", ("x", 1)),
+    "split along another axis": ("u, v = Split<axis=2,num_outputs=2>(x)", "one", ("x", 1)),
+}
+
+NOT_FOLLOWED: dict[str, tuple[str, str]] = {
+    "two operands of unknown lengths": ("k = Cast<to=7>(x) a = NonZero(k) b = NonZero(x) v = Add(a, b)", "one"),
+    "slice along the axis": ("v = Slice(x, zeros, ones, ones)", "one"),
+    "concat along the axis": ("v = Concat<axis=1>(x, x)", "one"),
+    "what is left of others": ("h = Concat<axis=0>(left, heads, size) v = Reshape(x, h)", "zero"),
+    "an operator that is not known": ("v = NonZero(x)", "one"),
+}
+
+
+def model(nodes: str, index: str) -> ir.Model:
+    text = (
+        '<ir_version: 10, opset_import: ["" : 24]> g (float[B,T,6] x) => (int64[] y) '
+        f"{{ {nodes} all = Shape(v) y_ = Gather(all, {index}) y = Mul(y_, one) }}"
+    )
+    proto = onnx.parser.parse_model(text)
+    used = {name for node in proto.graph.node for name in node.input}
+    for name, value in CONSTANTS.items():
+        if name in used:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    for position, node in enumerate(proto.graph.node):
+        node.name = f"{node.op_type}_{position}"
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def feeds() -> dict[str, np.ndarray]:
+    return {"x": np.zeros((3, 5, 6), np.float32)}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_length_is_read_where_it_first_appears(name: str) -> None:
+    nodes, index, origin = FOLLOWED[name]
+    graph = model(nodes, index)
+    before = run(graph, feeds())[0]
+    fuse(graph)
+    source = graph.graph[-1].inputs[0]
+    assert source is not None
+    if isinstance(origin, int):
+        node = source.producer()
+        value = source if node is None else node.inputs[0]
+        assert value is not None
+        assert value.const_value is not None
+        assert value.const_value.numpy().reshape(-1).tolist() == [origin]
+    else:
+        squeeze = source.producer()
+        assert squeeze is not None
+        assert squeeze.op_type == "Squeeze"
+        shape = squeeze.inputs[0].producer() if squeeze.inputs[0] is not None else None
+        assert shape is not None
+        assert shape.op_type == "Shape"
+        assert (shape.inputs[0].name if shape.inputs[0] else None, shape.attributes["start"].as_int()) == origin
+    onnx.checker.check_model(ir.to_proto(graph), full_check=True)
+    np.testing.assert_array_equal(run(graph, feeds())[0], before)
+
+
+@pytest.mark.parametrize("name", NOT_FOLLOWED)
+def test_a_length_that_changes_on_the_way_is_read_where_it_is(name: str) -> None:
+    graph = model(*NOT_FOLLOWED[name])
+    before = run(graph, feeds())[0]
+    fuse(graph)
+    (shape,) = (node for node in graph.graph if node.op_type == "Shape")
+    assert shape.inputs[0] is not None
+    assert shape.inputs[0].name == "v"
+    np.testing.assert_array_equal(run(graph, feeds())[0], before)
+
+
+def test_equal_lengths_of_different_values_become_one() -> None:
+    graph = model("a = Relu(x) s = Shape(a) t = Gather(s, one) u = Unsqueeze(t, zeros) v = Expand(x, u)", "one")
+    fuse(graph)
+    assert count(graph)["Shape"] <= 2
+
+
+def test_a_deep_model_takes_no_longer() -> None:
+    """Every residual connection has two ways to the same length: together they are more than anyone can walk."""
+    nodes = (
+        "r0 = Relu(x) "
+        + " ".join(f"a{i} = Relu(r{i}) r{i + 1} = Add(a{i}, r{i})" for i in range(100))
+        + " v = Relu(r100)"
+    )
+    graph = model(nodes, "one")
+    fuse(graph)
+    assert [node.inputs[0].name for node in graph.graph if node.op_type == "Shape" and node.inputs[0]] == ["x"]
+
+
+def test_lengths_that_the_graph_gives_away_keep_their_names() -> None:
+    graph = model("a = Relu(x) s = Shape(a) v = Tanh(a)", "one")
+    graph.graph.outputs.append(next(node.outputs[0] for node in graph.graph if node.outputs[0].name == "s"))
+    fuse(graph)
+    assert [value.name for value in graph.graph.outputs] == ["y", "s"]
+    np.testing.assert_array_equal(run(graph, feeds())[1], [3, 5, 6])
