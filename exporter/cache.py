@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
-from txopt.exporter.custom import CrossKV
+from txopt.exporter.custom import CrossKV, check_layer
 from txopt.exporter.operators import attention, cross_attention, fold_mask, kv_write
-from txopt.runtime.errors import SourceError, TxoptError
+from txopt.runtime.errors import TxoptError
 
 KV = tuple[Tensor, Tensor]
 
@@ -86,10 +86,7 @@ class CrossCollector:
         return v  # one token attends to itself alone
 
     def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
-        if layer != len(self.cross_kv):
-            raise SourceError(
-                f"decode() asks for cross-attention of layer {layer} after {len(self.cross_kv)} layers: number them 0, 1, ..."
-            )
+        check_layer("cross", layer, len(self.cross_kv))
         self.cross_kv.append(kv())
         return q
 

@@ -8,8 +8,11 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,23 +86,50 @@ def _custom(source: Source, name: str, file: Path | None) -> Checkpoint:
     return Checkpoint(source=source, directory=None, origin=origin, tokenizers=tokenizers)
 
 
-def _call_factory(text: str) -> tuple[Any, Path | None]:
+def _call_factory(text: str) -> tuple[torch.nn.Module, Path | None]:
     """The module that ``package.module:factory`` makes, and its file; the current directory counts as importable."""
     name, _, attribute = text.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        imported = importlib.import_module(name)
-    except ImportError as err:
-        raise SourceError(
-            f"{text}: cannot import {name}: {err}; run txopt where `python -c 'import {name}'` works"
-        ) from err
+        works = f"run txopt where `python -c 'import {name}'` works"
+        imported = _foreign(f"{text}: cannot import {name}", lambda: importlib.import_module(name), works)
+        factory = getattr(imported, attribute, None)
+        if not callable(factory):
+            raise SourceError(f"{text}: {name} has no callable {attribute}")
+        if wanted := _required(factory):
+            raise SourceError(
+                f"{text}: expected a function without arguments, but {attribute} needs {', '.join(wanted)}; "
+                "write one that gives them and returns the module, weights loaded"
+            )
+        module = _foreign(f"{text}: {attribute}() failed", factory, "call it in Python and mend what it raises")
     finally:
         sys.path.remove(str(Path.cwd()))
-    factory = getattr(imported, attribute, None)
-    if not callable(factory):
-        raise SourceError(f"{text}: {name} has no callable {attribute}")
+    if not isinstance(module, torch.nn.Module):
+        raise SourceError(
+            f"{text}: expected {attribute}() to return an nn.Module, got {type(module).__name__}; return the module, weights loaded"
+        )
     path = getattr(imported, "__file__", None)
-    return factory(), Path(path) if path else None
+    return module, Path(path) if path else None
+
+
+def _foreign(what: str, call: Callable[[], Any], advice: str) -> Any:
+    """Runs a stranger's code; whatever it raises is the source's fault, and the line that raised it is named."""
+    try:
+        return call()
+    except (Exception, SystemExit) as err:
+        last = traceback.extract_tb(err.__traceback__)[-1]
+        where = "" if last.filename.startswith("<") else f" ({Path(last.filename).name}, line {last.lineno})"
+        raise SourceError(f"{what}: {type(err).__name__}: {err}{where}; {advice}") from err
+
+
+def _required(factory: Callable[..., Any]) -> list[str]:
+    """The arguments that a call has to give."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in variadic]
 
 
 def _cast(module: Any, dtype: torch.dtype) -> Any:

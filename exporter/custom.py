@@ -3,7 +3,7 @@
 A custom model is an ``nn.Module`` with two methods and a few facts, nothing to inherit from:
 
     class MyModel(nn.Module):
-        special_ids = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        special_ids = {"decoder_start_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}   # eos_token_id may be a list
         max_length = 64                    # target positions the model knows (optional)
         tokenizers = {"source": "source.json", "target": "target.json"}   # tokenizers' JSON files (optional)
 
@@ -26,6 +26,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from txopt.runtime.errors import SourceError
 
 CrossKV = Callable[[], tuple[Tensor, Tensor]]
 
@@ -53,11 +55,21 @@ class DecodeCache(Protocol):
 class CustomEncoderDecoder(Protocol):
     """The protocol itself; see the module's docstring."""
 
-    special_ids: dict[str, int]
+    special_ids: dict[str, int | list[int]]
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
 
     def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor: ...
+
+
+def check_layer(kind: str, layer: int, before: int) -> None:
+    """Raises SourceError unless ``layer`` is the next one of its kind ("self" or "cross") after ``before`` others."""
+    if layer != before:
+        again = " again" if layer in range(before) else ""
+        raise SourceError(
+            f"decode() asks for {kind}-attention of layer {layer}{again}, after {before} layers: number them 0, 1, ... in the order "
+            f"of the calls, each {kind}-attention once; layers that share weights have K and V of their own all the same"
+        )
 
 
 class FullSequence:

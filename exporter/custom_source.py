@@ -1,22 +1,23 @@
 """Anyone's own encoder-decoder (custom.py) as a ``Source``."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from txopt.exporter import custom_facts
 from txopt.exporter.cache import CrossCollector, DecodeState
-from txopt.exporter.custom import CrossKV, FullSequence
+from txopt.exporter.custom import CrossKV, FullSequence, check_layer
+from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.families.family import TEXT
 from txopt.exporter.incremental import Incremental
 from txopt.exporter.incremental_check import check
 from txopt.exporter.precision import in_float32
 from txopt.exporter.source import KV, Facts, Forward, Generated
 from txopt.runtime.errors import SourceError, explain
-
-_SPECIAL_IDS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
 class _Recording(FullSequence):
@@ -30,10 +31,12 @@ class _Recording(FullSequence):
     def self_attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
+        check_layer("self", layer, len(self.self_kv))
         self.self_kv.append((k, v))
         return super().self_attention(layer, q, k, v, bias=bias, scale=scale)
 
     def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
+        check_layer("cross", layer, len(self.cross_kv))
         pair = kv()
         self.cross_kv.append(pair)
         return super().cross_attention(layer, q, lambda: pair, scale=scale)
@@ -43,21 +46,21 @@ class CustomSource:
     """See ``source.Source``; the module follows ``custom.CustomEncoderDecoder``."""
 
     def __init__(self, module: Any) -> None:
-        _check(module)
+        found = custom_facts.read(module)
         self.module: Any = module.eval().requires_grad_(False)
         self.traced: Any = module
-        limit = getattr(module, "max_length", None)
-        self._width, vocabulary = _tried(module, limit)
+        self._eos = torch.tensor(found.eos_ids)
+        self._width, vocabulary = _tried(module, found)
         self.facts = Facts(
             kind="encoder-decoder",
             task="text-to-text",
             family="custom",
             inputs=TEXT,
-            generation={**module.special_ids, **({} if limit is None else {"max_length": limit})},
+            generation={**found.special_ids, **({} if found.limit is None else {"max_length": found.limit})},
             vocabulary=vocabulary,
-            source_vocabulary=_source_vocabulary(module),
-            limit=limit,
-            source_limit=getattr(module, "max_source_length", limit),
+            source_vocabulary=found.source_vocabulary,
+            limit=found.limit,
+            source_limit=found.source_limit,
         )
 
     def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -98,11 +101,11 @@ class CustomSource:
         for step in range(options["max_new_tokens"]):
             logits = self.forward(inputs, ids).logits[:, -1]
             if step < options.get("min_new_tokens", 0):
-                logits[:, generation["eos_token_id"]] = -torch.inf
+                logits[:, self._eos] = -torch.inf
             chosen = logits.argmax(-1)
             chosen[finished] = generation["pad_token_id"]
             ids = torch.cat([ids, chosen[:, None]], dim=1)
-            finished |= chosen == generation["eos_token_id"]
+            finished |= torch.isin(chosen, self._eos)
             if finished.all():
                 break
         return Generated(ids)
@@ -115,11 +118,11 @@ class CachelessSource(CustomSource):
     """
 
     def __init__(self, module: Any) -> None:
-        _check(module)
+        custom_facts.read(module)  # before its decode() is made a graph, whose errors would hide what is wrong here
         super().__init__(Incremental(module.eval().requires_grad_(False)))
         self._whole = module
-        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-        ids = torch.full_like(mask, int(module.special_ids["eos_token_id"]))
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])[:, : self.facts.source_limit]
+        ids = torch.full_like(mask, self.facts.source_vocabulary - 1)
         with torch.no_grad(), in_float32(self):
             found = super().forward({"input_ids": ids, "attention_mask": mask}, torch.zeros(2, 2, dtype=torch.int64))
             assert found.memory is not None
@@ -138,59 +141,72 @@ def open_module(module: Any) -> CustomSource:
     return CustomSource(module) if "cache" in names or len(names) != 3 else CachelessSource(module)
 
 
-def _tried(module: Any, limit: int | None) -> tuple[int, int]:
-    """(memory width, vocabulary) from one real call, as long as the module says a target may be.
+def _tried(module: Any, facts: CustomFacts) -> tuple[int, int]:
+    """(memory width, vocabulary) from real calls, as long as the module says a target may be.
 
     Errors:
-        SourceError: the module fails, or gives something else than memory [B,T,M] and logits [R,Q,V].
+        SourceError: the module fails, gives something else than memory [B,T,M] and logits [R,Q,V], or has other ids than it says.
     """
-    special = module.special_ids
-    tokens = torch.full((1, limit or 2), int(special["decoder_start_token_id"]))
-    ids = torch.full((1, 2), int(special["eos_token_id"]))
+    start, pad = (facts.special_ids[f"{name}_token_id"] for name in ("decoder_start", "pad"))
+    tokens, mask = torch.full((1, facts.limit or 2), start), torch.ones(1, 2, dtype=torch.int64)
+    tokens[0, -1] = pad  # rows that have ended go on with it
+    cache = _Recording(tokens, mask)
+    with torch.no_grad():
+        with _trial("a source of two ids 0"):
+            memory = module.encode(torch.zeros_like(mask), mask)
+        _check_shape("encode", memory, (1, 2), "M")
+        _check_source_ids(module, facts, mask)
+        with _trial(f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}"):
+            logits = module.decode(tokens, memory, cache)
+    _check_shape("decode", logits, (1, tokens.shape[1]), "V")
+    vocabulary = int(logits.shape[-1])
+    problems = [
+        f"decode() asked for no {kind}-attention of its cache: every layer's goes through cache.{kind}_attention(...)"
+        for kind, found in (("self", cache.self_kv), ("cross", cache.cross_kv))
+        if not found
+    ]
+    problems += [
+        f"special_ids['eos_token_id'] names {each}: expected ids below {vocabulary}, the width of the logits"
+        for each in facts.eos_ids
+        if each >= vocabulary
+    ]
+    if problems:
+        raise SourceError(explain("this encoder-decoder cannot generate step by step (see docs/custom.md):", problems))
+    return int(memory.shape[-1]), vocabulary
+
+
+def _check_source_ids(module: Any, facts: CustomFacts, mask: Tensor) -> None:
+    """Raises SourceError where encode() takes the id 0, but not every id that the facts promise it."""
+    size, pad = facts.source_vocabulary, facts.special_ids["pad_token_id"]
+    promised = {
+        f"source_vocabulary = {size}: expected the number of ids that encode() takes": size - 1,
+        f"special_ids['pad_token_id'] = {pad}: expected an id that encode() takes, for sources are padded with it": pad,
+    }
+    problems = []
+    for promise, last in promised.items():
+        try:
+            module.encode(torch.full_like(mask, last), mask)
+        except Exception as err:  # whatever a stranger's code raises
+            problems.append(f"{promise}; id {last} fails: {type(err).__name__}: {err}")
+    if problems:
+        raise SourceError(explain("encode() does not take the source's ids (see docs/custom.md):", problems))
+
+
+@contextmanager
+def _trial(given: str) -> Iterator[None]:
     try:
-        with torch.no_grad():
-            memory = module.encode(ids, torch.ones_like(ids))
-            logits = module.decode(tokens, memory, FullSequence(tokens, torch.ones_like(ids)))
+        yield
     except SourceError:
         raise
     except Exception as err:  # whatever a stranger's code raises
         raise SourceError(
-            f"a trial call failed (source of 2 eos ids, {tokens.shape[1]} start ids to decode): {type(err).__name__}: {err}; "
-            "encode(input_ids, attention_mask) and decode(tokens, memory, cache) must take them, up to max_length tokens"
+            f"a trial call failed ({given}): {type(err).__name__}: {err}; "
+            "encode(input_ids, attention_mask) and decode(tokens, memory, cache) must take them"
         ) from err
-    for name, value, axes in (("encode", memory, "[1,2,M]"), ("decode", logits, f"[1,{tokens.shape[1]},V]")):
-        if (
-            not isinstance(value, Tensor)
-            or value.dim() != 3
-            or value.shape[:2] != (1, 2 if name == "encode" else tokens.shape[1])
-        ):
-            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise SourceError(f"{name}() must return a tensor {axes}, got {found}")
-    return int(memory.shape[-1]), int(logits.shape[-1])
 
 
-def _check(module: Any) -> None:
-    problems = []
-    if not isinstance(module, nn.Module):
-        problems.append(f"expected an nn.Module, got {type(module).__name__}")
-    problems += [f"no method {name}()" for name in ("encode", "decode") if not callable(getattr(module, name, None))]
-    special = getattr(module, "special_ids", None)
-    if not isinstance(special, Mapping):
-        problems.append("no special_ids: a mapping with " + ", ".join(_SPECIAL_IDS))
-    else:
-        problems += [f"special_ids has no {name}" for name in _SPECIAL_IDS if name not in special]
-    limit = getattr(module, "max_length", None)
-    if limit is not None and (not isinstance(limit, int) or limit < 2):
-        problems.append(f"max_length must be a number of at least 2, or absent, got {limit!r}")
-    if problems:
-        raise SourceError(explain("this is no custom encoder-decoder (see docs/custom.md):", problems))
-
-
-def _source_vocabulary(module: nn.Module) -> int:
-    size = getattr(module, "source_vocabulary", None)
-    tables = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
-    if size is None and not tables:
-        raise SourceError(
-            "the number of source ids is unknown: the module has no nn.Embedding; give it source_vocabulary = N"
-        )
-    return int(size if size is not None else min(tables))
+def _check_shape(name: str, value: Any, expected: tuple[int, int], width: str) -> None:
+    if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == expected:
+        return
+    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise SourceError(f"{name}() must return a tensor [{expected[0]},{expected[1]},{width}], got {found}")

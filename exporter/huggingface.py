@@ -5,22 +5,24 @@ in families/; how reference cases are chosen lives in reference.py.
 """
 
 import copy
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from txopt.exporter.attention import routed
-from txopt.exporter.cache import DecodeState, as_transformers, collecting, current, decoding
+from txopt.exporter.cache import DecodeState, as_transformers, collecting, decoding
 from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
 from txopt.exporter.pooling import Pooling, read_pooling
+from txopt.exporter.positions import make_tables, read_by_row
 from txopt.exporter.source import KV, Facts, Forward, Generated, Input
 from txopt.runtime.errors import SourceError, explain
 
@@ -30,20 +32,12 @@ ENCODER_TASKS = {
     "ForTokenClassification": ("token-classification", ("logits",)),
 }
 EMBEDDING = ("embedding", ("memory", "embedding"))
+# Pretraining heads, under which people keep bodies that are good for embeddings.
+LANGUAGE_HEADS = ("ForMaskedLM", "ForPreTraining")
+# One to start from, one to generate; a source of one token would be frozen into the graph.
+LEAST_POSITIONS = 2
 
-
-class RowPositions(nn.Module):
-    """A table of positions that every row reads at its own place, whatever the model passes."""
-
-    def __init__(self, weight: Tensor, offset: int) -> None:
-        super().__init__()
-        self.weight, self.offset = weight, offset
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        state = current()
-        if state is None:  # the encoder graph's one dummy token
-            return self.weight[self.offset : self.offset + 1]
-        return self.weight[state.positions + self.offset]
+logger = logging.getLogger(__name__)
 
 
 class HuggingFaceSource:
@@ -54,6 +48,7 @@ class HuggingFaceSource:
         self.family = family
         self._pooling = pooling
         self.facts = _facts(module, family)
+        _check_limits(self.facts, family)
         self.traced = _prepare(module, family)
         self._layers = _decoder_layers(module)
 
@@ -182,26 +177,67 @@ def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
         raise SourceError(
             f"config.json of {directory} names the architecture {name!r}, which transformers {transformers.__version__} does not have"
         )
+    if family.kind == "encoder" and not getattr(config, "is_decoder", False):
+        architecture = _body(architecture, directory)
     _check_architecture(architecture, family, config)
     module = _read(architecture, directory, config, dtype)
     pooling = read_pooling(directory) if family.kind == "encoder" else None
     return HuggingFaceSource(module, family, pooling)
 
 
+def _body(architecture: Any, directory: Path) -> Any:
+    """The class to load: a masked language model's body without its head, which embeds; any other as it is."""
+    import transformers
+
+    head = next((suffix for suffix in LANGUAGE_HEADS if architecture.__name__.endswith(suffix)), None)
+    body = getattr(transformers, architecture.__name__.removesuffix(head) + "Model", None) if head else None
+    if body is None:
+        return architecture
+    logger.warning(
+        "%s: %s is exported as %s, for embeddings: its language-model head is left out",
+        directory.name,
+        architecture.__name__,
+        body.__name__,
+    )
+    return body
+
+
 def _check_architecture(architecture: Any, family: Family, config: Any) -> None:
-    """Refuses a head that the family's road does not carry, before anything is loaded."""
+    """Refuses a head or a decoder that the family's road does not carry, before anything is loaded."""
     name = architecture.__name__
     if family.kind == "encoder":
         fits = name.endswith((*ENCODER_TASKS, "Model")) and not getattr(config, "is_decoder", False)
-        expected = "a model without a head (...Model), ...ForSequenceClassification or ...ForTokenClassification"
+        expected = "a model without a head (...Model), ...ForSequenceClassification, ...ForTokenClassification or ...ForMaskedLM"
+        advice = (
+            "to keep the body alone, load the checkpoint in transformers and model.base_model.save_pretrained(...) it"
+        )
     else:
         fits = issubclass(architecture, GenerationMixin) and "CausalLM" not in name
         expected = "a model that generates (...ForConditionalGeneration, ...LMHeadModel, ...)"
+        advice = "load the checkpoint as such a class in transformers and save_pretrained() it"
     if not fits:
+        kind = "a decoder" if getattr(config, "is_decoder", False) or family.kind == "decoder" else f"an {family.kind}"
+        raise SourceError(f"config.json names the architecture {name!r}, as {kind}: expected {expected}; {advice}")
+    decoder = getattr(config, "decoder", None)
+    if family.decoders and decoder is not None and decoder.model_type not in family.decoders:
+        crosses = getattr(decoder, "add_cross_attention", False)
         raise SourceError(
-            f"config.json names the architecture {name!r}, as a {'decoder' if getattr(config, 'is_decoder', False) else family.kind}: "
-            f"expected {expected}; load the checkpoint as such a class in transformers and save_pretrained() it"
+            f"config.json has a decoder of model_type {decoder.model_type!r}"
+            f"{'' if crosses else ', and without cross-attention (add_cross_attention: false)'}: a {family.name} is supported "
+            f"with {' or '.join(family.decoders)}; other decoders go through the custom door (docs/custom.md)"
         )
+
+
+def _check_limits(facts: Facts, family: Family) -> None:
+    """Refuses tables of positions too short for anything to be traced or generated."""
+    sizes = {family.limit: facts.limit, family.source_limit: facts.source_limit}
+    problems = [
+        f"{name}: expected at least {LEAST_POSITIONS} positions, got {size}"
+        for name, size in sizes.items()
+        if name is not None and size is not None and size < LEAST_POSITIONS
+    ]
+    if problems:
+        raise SourceError(explain("config.json has too few positions to run; use a checkpoint with more:", problems))
 
 
 def _read(architecture: Any, directory: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -219,6 +255,7 @@ def _read(architecture: Any, directory: Path, config: Any, dtype: torch.dtype) -
     )
     if wanting:
         raise SourceError(explain(f"{directory} lacks weights that config.json asks for:", wanting[:12]))
+    make_tables(module, dtype)
     found: PreTrainedModel = module
     return found
 
@@ -227,11 +264,7 @@ def _prepare(module: PreTrainedModel, family: Family) -> Any:
     """The copy that is traced: same weights, the family's hook and position table in place."""
     tensors = [*module.parameters(), *module.buffers()]
     traced = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-    if family.positions is not None:
-        table = traced.get_submodule(family.positions.path)
-        offset = table.padding_idx + 1 if family.positions.after_padding else family.positions.offset
-        weight = getattr(table, family.positions.weight)
-        traced.set_submodule(family.positions.path, RowPositions(weight, offset))
+    read_by_row(traced, family.positions)
     return traced if family.hook is None else family.hook(traced)
 
 
@@ -279,7 +312,7 @@ def _sized(item: Input, config: Any) -> Input:
 
 
 def _value(config: Any, expression: str | None) -> int | None:
-    """A size out of the configuration: "a", "sub.a", "2*a" or "a-b-1"."""
+    """A size out of the configuration: "a", "sub.a", "2*a", "a-b-1", or "a.0" and "a.1", which are the same where a is one number."""
     if expression is None:
         return None
     factor, _, rest = expression.rpartition("*")
@@ -289,9 +322,18 @@ def _value(config: Any, expression: str | None) -> int | None:
 
 
 def _attribute(config: Any, path: str) -> int:
+    value = config
     for name in path.split("."):
-        config = getattr(config, name)
-    return int(config[0] if isinstance(config, (list, tuple)) else config)
+        if name.isdigit():
+            value = value[int(name)] if isinstance(value, (list, tuple)) else value
+        elif not hasattr(value, name):
+            raise SourceError(
+                f"config.json has no {path}, a size that txopt needs; a model of another kind goes through the custom door "
+                "(docs/custom.md)"
+            )
+        else:
+            value = getattr(value, name)
+    return int(value)
 
 
 def _generation(module: PreTrainedModel) -> dict[str, Any]:

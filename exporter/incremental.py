@@ -276,8 +276,9 @@ def graph_of(module: Any) -> fx.GraphModule:
     ids = torch.ones(2, 5 if module.max_length > 5 else 2, dtype=torch.int64)
     try:
         with torch.no_grad(), plain_modules():
-            mask = torch.ones(2, 7, dtype=torch.int64)
-            memory = module.encode(mask * int(module.special_ids["eos_token_id"]), mask)
+            longest = getattr(module, "max_source_length", None) or module.max_length
+            mask = torch.ones(2, min(7, longest), dtype=torch.int64)
+            memory = module.encode(torch.zeros_like(mask), mask)
             shapes = ({0: batch, 1: length}, {0: batch, 1: source}, {0: batch, 1: source})
             program = torch.export.export(FullDecoder(module.eval()), (ids, memory, mask), dynamic_shapes=shapes)
     except Exception as err:  # torch raises a dozen kinds, with pages of text

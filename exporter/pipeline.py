@@ -150,11 +150,20 @@ def _manifest(
 
 
 def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:
+    """How inputs are read, and what must hold of them whoever makes them."""
     facts = opened.source.facts
-    labels = {} if facts.labels is None else {"labels": dict(facts.labels), "scores": facts.scores}
+    found = _reader(opened, directory)
+    if facts.labels is not None:
+        found |= {"labels": dict(facts.labels), "scores": facts.scores}
+    if facts.kind != "decoder" and any(item.name == "input_ids" for item in facts.inputs):
+        found |= {"source_vocabulary": facts.source_vocabulary, "source_positions": facts.source_limit}
+    return found
+
+
+def _reader(opened: Checkpoint, directory: Path) -> dict[str, Any]:
+    facts = opened.source.facts
     if opened.directory is not None:
-        found = collect(opened.directory, facts.task, facts.family, directory, source_limit=facts.source_limit)
-        return {**found, **labels}
+        return collect(opened.directory, facts.task, facts.family, directory, source_limit=facts.source_limit)
     if "source" not in opened.tokenizers:
         return {"type": "arrays"}
     pad = int(facts.generation["pad_token_id"])

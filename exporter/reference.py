@@ -15,6 +15,7 @@ from txopt.exporter.case_plan import Plan, plans
 from txopt.exporter.precision import in_float32
 from txopt.exporter.source import Facts, Forward, Source
 from txopt.runtime.cases import Case, draw_floats, lengths, log_sum_exp, sample
+from txopt.runtime.errors import SourceError
 
 SEED = 20261123
 NEW_TOKENS = 12
@@ -144,7 +145,18 @@ def _prompt(facts: Facts, rows: tuple[int, ...], generator: np.random.Generator)
 
 
 def _ids(facts: Facts, vocabulary: int, shape: tuple[int, ...], generator: np.random.Generator) -> Any:
-    """Ids that mean nothing special to the model."""
-    special = {value for key, value in facts.generation.items() if key.endswith("token_id") and isinstance(value, int)}
+    """Ids that mean nothing special to the model.
+
+    Raises:
+        SourceError: it has none.
+    """
+    named = {key: value for key, value in facts.generation.items() if key.endswith("token_id") and value is not None}
+    special = {each for value in named.values() for each in (value if isinstance(value, (list, tuple)) else [value])}
     ordinary = np.setdiff1d(np.arange(vocabulary), sorted(special))
+    if not len(ordinary):
+        raise SourceError(
+            f"all of {vocabulary} ids are special ({', '.join(f'{key} {value}' for key, value in named.items())}): expected ids that "
+            "can be told apart, to record reference cases; a custom module without source_vocabulary is taken to have as many as its "
+            "smallest nn.Embedding has rows"
+        )
     return generator.choice(ordinary, shape).astype(np.int64)

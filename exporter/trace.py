@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.plain import plain_modules
-from txopt.exporter.source import KV, Input, Source
+from txopt.exporter.source import KV, Facts, Input, Source
 from txopt.runtime.errors import SourceError, TxoptError
 from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
 
@@ -79,7 +79,7 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
     with torch.no_grad(), _quiet(), _Finite(), plain_modules():
         if source.facts.kind == "decoder":
             return _trace_decoder(source, dtype, memory=None, cross=[])
-        examples = [example(item, dtype) for item in source.facts.inputs]
+        examples = [example(item, dtype, source.facts) for item in source.facts.inputs]
         results = source.encode(*examples)
         names = source.facts.outputs if source.facts.kind == "encoder" else _cross_names(len(results))
         outputs = tuple(
@@ -99,12 +99,18 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
         )
 
 
-def example(item: Input, dtype: torch.dtype) -> Tensor:
-    shape = [EXAMPLE[axis] if isinstance(axis, str) else axis for axis in item.axes]
+def example(item: Input, dtype: torch.dtype, facts: Facts) -> Tensor:
+    """An input of the trace: the example sizes, no longer than the model's positions."""
+    sizes = {**EXAMPLE, "T": _source_length(facts)}
+    shape = [sizes[axis] if isinstance(axis, str) else axis for axis in item.axes]
     if item.dtype == "int64":
         value = torch.ones(shape, dtype=torch.int64)
         return value if item.name == "attention_mask" else value * 2
     return torch.zeros(shape, dtype=dtype)
+
+
+def _source_length(facts: Facts) -> int:
+    return min(EXAMPLE["T"], facts.source_limit or EXAMPLE["T"])
 
 
 def _trace_decoder(
@@ -117,7 +123,7 @@ def _trace_decoder(
     tokens = torch.full((EXAMPLE["R"], EXAMPLE["Q"]), 2, dtype=torch.int64)
     position = torch.full((EXAMPLE["R"],), 1, dtype=torch.int64)
     padded = source.facts.padded and memory is not None
-    mask = torch.ones(EXAMPLE["B"], EXAMPLE["T"], dtype=torch.int64) if padded else None
+    mask = torch.ones(EXAMPLE["B"], _source_length(source.facts), dtype=torch.int64) if padded else None
 
     specs = [_spec("input_ids", tokens, ("R", "Q")), _spec("position", position, ("R",))]
     if mask is not None:
@@ -147,7 +153,7 @@ def source_cache_shape(source: Source, cross: Sequence[Tensor]) -> tuple[int, in
     inputs = (
         {}
         if source.facts.kind == "decoder"
-        else {i.name: example(i, next(source.module.parameters()).dtype) for i in source.facts.inputs}
+        else {i.name: example(i, next(source.module.parameters()).dtype, source.facts) for i in source.facts.inputs}
     )
     kv = source.forward(inputs, torch.full((EXAMPLE["B"], 2), 2, dtype=torch.int64)).self_kv
     if not kv:

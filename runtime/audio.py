@@ -12,14 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.errors import InputError, MissingDependencyError
+from txopt.runtime.frontend import RATES
 from txopt.runtime.mel import log_mel
 from txopt.runtime.resample import resample
 
 Samples = NDArray[np.float32]
 AudioSource = str | Path | BinaryIO | NDArray[Any]
 Window = tuple[float, float]
-
-_RATES = (1_000, 768_000)
 
 
 def read_audio(
@@ -46,8 +45,8 @@ def read_audio(
     try:
         with soundfile.SoundFile(source) as file:
             rate = int(file.samplerate)
-            if not _RATES[0] <= rate <= _RATES[1]:
-                raise InputError(f"{name}: expected {_RATES[0]} to {_RATES[1]} samples a second, found {rate}")
+            if not RATES[0] <= rate <= RATES[1]:
+                raise InputError(f"{name}: expected {RATES[0]} to {RATES[1]} samples a second, found {rate}")
             start, stop = _bounds(name, window, longest, file.frames / rate)
             if start:
                 file.seek(round(start * rate))
@@ -150,7 +149,16 @@ def decoder_prompt(
     Raises:
         InputError: a language or task that the model does not know, or no language where one is needed.
     """
-    prompt = [int(generation["decoder_start_token_id"])]
+    start = generation.get("decoder_start_token_id")
+    if type(start) is not int:
+        raise InputError(
+            f"generation.decoder_start_token_id: expected the id that this model starts from, found {start!r}; "
+            "export the artifact again"
+        )
+    for name, word in (("language", language or generation.get("language")), ("task", task or generation.get("task"))):
+        if not isinstance(word, str | None):
+            raise InputError(f"{name}={word!r}: expected text")
+    prompt = [start]
     if frontend.get("multilingual"):
         prompt.append(_language_id(frontend, language or generation.get("language")))
         tasks: Mapping[str, int] = frontend.get("task_to_id") or {}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids
+from txopt.runtime.errors import UsageError
 from txopt.runtime.no_next_token import no_token_left, not_a_number
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.processors import Processors
@@ -20,15 +21,29 @@ from txopt.runtime.topk import top
 
 # transformers' "as good as impossible". In float32 its neighbours are 64 apart, so sums with it are ties: keep it.
 IMPOSSIBLE = np.float32(-1e9)
+ROOM = 64  # new tokens that sequences have places for at first; they grow, for most end long before they may
+_LEAST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass
 class _Hypotheses:
-    """B x K sequences: ids int64 [B,K,M], the rows that their tokens continued int32 [B,K,M-P], scores [B,K]."""
+    """B x K sequences: ids int64 [B,K,M], the rows that their tokens continued int32 [B,K,M-P], scores [B,K].
+
+    M is as many places as were needed so far, whatever length is allowed.
+    """
 
     ids: Ids
     parents: NDArray[np.int32]
     scores: Floats
+
+    def grown(self, fill: int) -> "_Hypotheses":
+        """The same with twice as many places; new ones hold ``fill``."""
+        sources, beams, places = self.ids.shape
+        ids = np.full((sources, beams, places), fill, np.int64)
+        parents = np.full((sources, beams, places), -1, np.int32)
+        return _Hypotheses(
+            np.concatenate([self.ids, ids], axis=2), np.concatenate([self.parents, parents], axis=2), self.scores
+        )
 
 
 @dataclass(frozen=True)
@@ -52,12 +67,16 @@ def beam_search(
         processors: applied to log probabilities, before they are summed.
 
     Raises:
-        UsageError: the options leave a source no token before it has ended once.
+        UsageError: the options leave a source no token before it has ended once, or length_penalty makes numbers
+            that float32 does not hold.
         TxoptError: the decoder gives NaN.
     """
     (rows, length), beams = prompt.shape, options.num_beams
     prompt_length, sources = length, rows // beams
-    running, finished = _start(prompt, options, max_length), _start(prompt, options, max_length)
+    # transformers fills with the end of sequence where pad_token_id is 0, which it takes for unset; here ids are to
+    # equal its own.
+    fill = (options.pad_token_id or options.eos_ids[0]) if options.eos_ids else -1
+    running, finished = _start(prompt, beams, fill), _start(prompt, beams, fill)
     running.scores[:, 0] = 0  # all beams of a source are one at first: only one may be continued
     is_finished = np.zeros((sources, beams), np.bool_)
     improvable = np.ones(sources, np.bool_)  # may a running beam still beat the finished ones?
@@ -75,9 +94,11 @@ def beam_search(
             raise no_token_left(length, options)
         hits = ends[found.tokens] if length + 1 < max_length else np.ones_like(found.tokens, np.bool_)
         new = length - prompt_length
+        if length == running.ids.shape[2]:
+            running, finished = running.grown(fill), finished.grown(fill)
 
         if hits[:, :beams].any():  # what is beyond the first K only exists to go on
-            scores = found.scores[:, :beams] / np.float32(float(new + 1) ** options.length_penalty)
+            scores = _per_length(found.scores[:, :beams], new + 1, options.length_penalty)
             refused = ~hits[:, :beams]
             refused |= ~improvable[:, None]
             if options.early_stopping is True:
@@ -99,8 +120,8 @@ def beam_search(
         length += 1
 
         longest = options.early_stopping == "never" and options.length_penalty > 0
-        reach = float((max_length if longest else length) - prompt_length) ** options.length_penalty
-        improvable &= alive[:, 0] / np.float32(reach) > finished.scores.min(axis=1)
+        reach = _per_length(alive[:, 0], (max_length if longest else length) - prompt_length, options.length_penalty)
+        improvable &= reach > finished.scores.min(axis=1)
         if not improvable.any() or hits.all() or (options.early_stopping is True and is_finished.all()):
             return _result(finished, prompt_length, options.num_return_sequences)
 
@@ -108,14 +129,26 @@ def beam_search(
         logits = decoder.step(running.ids[:, :, length - 1].reshape(rows))
 
 
-def _start(prompt: Ids, options: GenerationOptions, max_length: int) -> _Hypotheses:
-    (rows, length), beams = prompt.shape, options.num_beams
-    # transformers fills with the end of sequence where pad_token_id is 0, which it takes for unset; here ids are to
-    # equal its own.
-    fill = (options.pad_token_id or options.eos_ids[0]) if options.eos_ids else -1
-    ids = np.full((rows // beams, beams, max_length), fill, np.int64)
+def _per_length(scores: Floats, tokens: int, penalty: float) -> Floats:
+    """``scores`` over tokens ** penalty; UsageError where float32 does not hold that, and no score would tell a beam."""
+    try:
+        weight = float(tokens) ** penalty
+    except OverflowError:
+        weight = float("inf")
+    if not _LEAST <= weight <= _LARGEST:
+        raise UsageError(
+            f"length_penalty={penalty:g} makes {tokens} ** {penalty:g} of the length of {tokens} tokens, which is "
+            f"{'0' if weight < 1 else 'infinite'} in float32, so all beams would score the same; expected a number near 1"
+        )
+    with np.errstate(over="ignore"):  # "impossible" over a small weight is minus infinity: as impossible
+        return scores / np.float32(weight)
+
+
+def _start(prompt: Ids, beams: int, fill: int) -> _Hypotheses:
+    rows, length = prompt.shape
+    ids = np.full((rows // beams, beams, length + ROOM), fill, np.int64)
     ids[:, :, :length] = prompt.reshape(rows // beams, beams, length)
-    parents = np.full((rows // beams, beams, max_length - length), -1, np.int32)
+    parents = np.full((rows // beams, beams, ROOM), -1, np.int32)
     return _Hypotheses(ids, parents, np.full((rows // beams, beams), IMPOSSIBLE))
 
 

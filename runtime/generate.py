@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.runtime.beam import beam_search
+from txopt.runtime.beam import ROOM, beam_search
 from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids
 from txopt.runtime.errors import InputError, UsageError
 from txopt.runtime.no_next_token import no_token_left, not_a_number
@@ -60,12 +60,12 @@ def generate(
     if options.num_beams > 1:
         return beam_search(run.decoder, run.prompt, run.mask, options, run.max_length, run.processors)
     length = run.prompt.shape[1]
-    sequences = np.empty((len(run.prompt), run.max_length), np.int64)
+    sequences = _Sequences(run.prompt)
     for chosen in _sequential(run, sequences):
         length += 1
         if stream is not None:
             stream(chosen.copy())
-    return GenerationResult(sequences=sequences[:, :length].copy())
+    return GenerationResult(sequences=sequences.ids[:, :length].copy())
 
 
 def tokens(
@@ -82,8 +82,7 @@ def tokens(
     Whatever ``_prepare`` can refuse is refused by the call, not by the first ``next``.
     """
     run = _prepare(open_decoder, prompt, options, prompt_mask, encoder_ids, processors, streams=True)
-    sequences = np.empty((len(run.prompt), run.max_length), np.int64)
-    return (chosen.copy() for chosen in _sequential(run, sequences))
+    return (chosen.copy() for chosen in _sequential(run, _Sequences(run.prompt)))
 
 
 @dataclass(frozen=True)
@@ -98,14 +97,31 @@ class _Run:
     processors: Processors
 
 
-def _sequential(run: _Run, sequences: Ids) -> Iterator[Ids]:
-    """Greedy search or sampling: fills ``sequences`` int64 [R,M] and yields each step's tokens [R].
+class _Sequences:
+    """Rows that grow: ``ids`` int64 [R,places], as wide as has been needed, whatever length is allowed."""
+
+    def __init__(self, prompt: Ids) -> None:
+        rows, length = prompt.shape
+        self.ids = np.empty((rows, length + ROOM), np.int64)
+        self.ids[:, :length] = prompt
+
+    def grow(self) -> Ids:
+        """``ids``, twice as wide as before."""
+        rows, places = self.ids.shape
+        wider = np.empty((rows, 2 * places), np.int64)
+        wider[:, :places] = self.ids
+        self.ids = wider
+        return wider
+
+
+def _sequential(run: _Run, sequences: _Sequences) -> Iterator[Ids]:
+    """Greedy search or sampling: fills ``sequences`` and yields each step's tokens [R].
 
     The loop runs once per token, so it does nothing that the options did not ask for: without active processors that is
     one argmax over the decoder's own buffer, one comparison and one store.
     """
     decoder, processors, max_length, (rows, length) = run.decoder, run.processors, run.max_length, run.prompt.shape
-    sequences[:, :length] = run.prompt
+    ids, places = sequences.ids, sequences.ids.shape[1]
     end_ids, padding = frozenset(run.options.eos_ids), run.options.padding
     constrained = bool(processors)
     generator = np.random.default_rng(run.options.seed) if run.options.do_sample else None
@@ -115,7 +131,7 @@ def _sequential(run: _Run, sequences: Ids) -> Iterator[Ids]:
     while True:
         active = constrained and processors.active(length)
         if active:
-            processors(sequences[:, :length], logits)
+            processors(ids[:, :length], logits)
         chosen = logits.argmax(axis=1) if generator is None else draw(logits, generator, length, run.options)
         if active and generator is None and not chosen.all():  # where every token is removed, argmax says 0
             _check_left(logits[every_row, chosen], finished, length, run.options)
@@ -129,7 +145,10 @@ def _sequential(run: _Run, sequences: Ids) -> Iterator[Ids]:
             done = bool(finished.all())
         else:
             done = False
-        sequences[:, length] = chosen
+        if length == places:
+            ids = sequences.grow()
+            places = ids.shape[1]
+        ids[:, length] = chosen
         length += 1
         yield chosen
         if done or length == max_length:

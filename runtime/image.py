@@ -12,18 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, explain
+from txopt.runtime.frontend import STEPS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageSource = Union[str, Path, BinaryIO, "Image"]
-
-_NUMBERS = {
-    "do_resize": ("size",),
-    "do_center_crop": ("crop_size",),
-    "do_rescale": ("rescale_factor",),
-    "do_normalize": ("image_mean", "image_std"),
-}
 
 
 class ImageFrontend:
@@ -37,7 +31,7 @@ class ImageFrontend:
         """Raises ArtifactError where a step is asked for and its numbers are missing or unknown."""
         problems = [
             f"{step} without {key}"
-            for step, keys in _NUMBERS.items()
+            for step, keys in STEPS.items()
             for key in keys
             if frontend.get(step) and frontend.get(key) is None
         ]
@@ -52,7 +46,7 @@ class ImageFrontend:
         self._factor: float | None = frontend["rescale_factor"] if frontend.get("do_rescale") else None
         self._norm: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         if frontend.get("do_normalize"):
-            mean, std = (np.broadcast_to(np.asarray(frontend[key], np.float32), 3) for key in _NUMBERS["do_normalize"])
+            mean, std = (np.broadcast_to(np.asarray(frontend[key], np.float32), 3) for key in STEPS["do_normalize"])
             self._norm = mean[:, None, None], std[:, None, None]
 
     def encode(self, images: Sequence[ImageSource]) -> dict[str, NDArray[np.float32]]:

@@ -1,7 +1,8 @@
 """The manifest: what an artifact says of itself, as dataclasses that read and write JSON without tolerance.
 
 Owns the keys, their types, and what must agree within one manifest; docs/format.md specifies the same in words. It does
-not know the directory around it, nor what a generation option, a front end or a parity certificate means.
+not know the directory around it, nor what a generation option or a parity certificate means; the front end's keys are
+frontend.py's, the graphs' are graphs.py's.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from txopt.runtime import files as artifact_files
 from txopt.runtime.errors import ArtifactError, explain
+from txopt.runtime.frontend import TOKENIZERS, frontend_problems, label_problems
 from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec, graph_problems
 from txopt.runtime.strict_json import Fields, canonical, limited, show, value_problems
 
@@ -19,8 +21,6 @@ FORMAT = 1
 KINDS = {"encoder-decoder": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",)}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TARGETS = ("cpu", "cuda", "tensorrt")
-FRONTENDS = ("text", "audio", "image", "arrays")
-TOKENIZERS = ("tokenizer", "target_tokenizer")  # keys of a front end that name files
 PARITY_CASES = "parity.safetensors"
 LARGEST = 16 << 20  # bytes of manifest.json: thousands of times what is needed, and still harmless
 _HEX = frozenset("0123456789abcdef")
@@ -135,6 +135,8 @@ def read_manifest(document: object, problems: list[str]) -> Manifest:
         parity=top.mapping("parity"),
         files={name: _entry(entry, f"files.{name}", problems) for name, entry in top.mapping("files").items()},
     )
+    if isinstance(top.get("frontend"), dict):
+        problems += frontend_problems(manifest.frontend)
     if not problems:  # what must agree can only be judged where everything is there
         problems += _contradictions(manifest)
     problems += _file_names(manifest.files)
@@ -184,16 +186,13 @@ def _contradictions(manifest: Manifest) -> list[str]:
     if (manifest.cache is not None) != ("decoder" in expected):
         return [f"cache: expected {'a cache' if manifest.cache is None else 'null'} for kind {manifest.kind!r}"]
     problems = graph_problems(manifest.graphs, manifest.cache)
-    kind = manifest.frontend.get("type")
-    if kind not in FRONTENDS:
-        problems.append(f"frontend.type: expected one of {', '.join(FRONTENDS)}, found {show(kind)}")
+    if manifest.kind == "encoder":
+        for out in manifest.graphs["encoder"].outputs:
+            if out.name == "logits" and out.axes and isinstance(classes := out.axes[-1], int):
+                problems += label_problems(manifest.frontend, classes)
     needed = {f"graphs.{name}.file": graph.file for name, graph in manifest.graphs.items()}
-    needed |= {f"frontend.{key}": name for key in TOKENIZERS if (name := manifest.frontend.get(key)) is not None}
-    for where, name in needed.items():
-        if not isinstance(name, str):
-            problems.append(f"{where}: expected a file name, found {show(name)}")
-        elif problem := artifact_files.name_problem(name):
-            problems.append(f"{where}: {problem}")
+    needed |= {f"frontend.{key}": manifest.frontend[key] for key in TOKENIZERS if key in manifest.frontend}
+    problems += [f"{w}: {problem}" for w, n in needed.items() if (problem := artifact_files.name_problem(n))]
     if manifest.files:  # a draft lists none yet
         needed["parity"] = PARITY_CASES
         problems += [f"{w}: expected {show(n)} among the files" for w, n in needed.items() if n not in manifest.files]

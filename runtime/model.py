@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from txopt.runtime.arrays import as_array
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, UsageError
 from txopt.runtime.generate import GenerationResult, generate, tokens
@@ -63,11 +64,11 @@ class Model:
         Raises:
             InputError: tensors that do not fit. UsageError: options that do not exist or contradict each other.
         """
-        return generate(**self._prepare(arguments))
+        return generate(**self.prepare(arguments))
 
     def stream(self, **arguments: Any) -> Iterator[NDArray[np.int64]]:
         """Like generate(), for one beam: yields the next token of every row, int64 [B], as soon as it is chosen."""
-        return tokens(**self._prepare(arguments))
+        return tokens(**self.prepare(arguments))
 
     def classify(self, **inputs: Array) -> Array:
         """Scores float32: [B,labels] for texts, [B,T,labels] for tokens; ``labels`` names them.
@@ -106,8 +107,8 @@ class Model:
             )
         return self.session.array(self.session.encode(inputs).values[name])
 
-    def _prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The loop's arguments, the encoder run already."""
+    def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What generate() and tokens() of generate.py take, the encoder run already; errors as ``generate``."""
         names = (
             {item.name for item in self.manifest.graphs["encoder"].inputs}
             if "encoder" in self.manifest.graphs
@@ -115,7 +116,7 @@ class Model:
         )
         names |= {"input_ids", "attention_mask", "decoder_input_ids"}
         tensors = {
-            name: _array(name, value) for name, value in arguments.items() if name in names and value is not None
+            name: as_array(name, value) for name, value in arguments.items() if name in names and value is not None
         }
         overrides = {name: value for name, value in arguments.items() if name not in names}
         options = GenerationOptions.merge(self.manifest.generation, overrides)
@@ -168,10 +169,3 @@ class Model:
 
             prompt = decoder_prompt(self.manifest.frontend, self.manifest.generation)
         return np.tile(np.asarray(prompt, np.int64), (batch, 1))
-
-
-def _array(name: str, value: Any) -> Array:
-    try:
-        return np.asarray(value)
-    except ValueError as err:
-        raise InputError(f"{name}: rows differ in length; pad them, and give an attention_mask") from err

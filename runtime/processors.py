@@ -62,10 +62,15 @@ class EncoderRepetitionPenalty(_Always):
     """Makes tokens of the source likelier (``penalty`` above 1) or less likely."""
 
     def __init__(self, penalty: float, encoder_ids: Ids) -> None:
-        self._penalty, self._encoder_ids = 1 / penalty, encoder_ids
+        self._penalty, self._encoder_ids, self._largest = 1 / penalty, encoder_ids, int(encoder_ids.max())
 
     def __call__(self, ids: Ids, scores: Floats) -> None:
         rows = np.arange(len(scores))[:, None]
+        if self._largest >= scores.shape[1]:  # transformers' gather fails here too
+            raise UsageError(
+                f"encoder_repetition_penalty: expected a source in the target's vocabulary of {scores.shape[1]}, got "
+                f"{self._largest} in it; source and target have vocabularies of their own: leave the option out"
+            )
         tokens = self._encoder_ids[_sources(len(scores), self._encoder_ids)]
         scores[rows, tokens] = _penalized(scores[rows, tokens], self._penalty)
 

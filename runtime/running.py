@@ -1,6 +1,7 @@
 """What ``txopt run`` does: one request, from whatever the user has, to text or ids.
 
-Owns which input fits which artifact and what a result looks like; the command line owns the options.
+Owns which input fits which artifact, what a result looks like, and messages in the command line's words where the
+library's would name what nobody typed; the command line owns the options.
 """
 
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.generate import tokens
 from txopt.runtime.model import Model, load
+from txopt.runtime.options import COLDEST
 
 Result = tuple[dict[str, Any], str]
 
@@ -39,21 +42,27 @@ def run(
     """A (JSON document, text) for each source; of a blank line too, an empty one, so that answers match questions.
 
     Args:
-        pieces: called with every piece of text as it is generated; one source only.
+        pieces: called with every piece of text, or of a row of ids, as it is generated; one source only.
+
+    Raises:
+        InputError: an input that cannot be read or does not fit. UsageError: no input or several, one that the artifact
+            does not take, or options that cannot work.
     """
     given = [name for name in ("text", "audio", "image", "ids") if getattr(request, name) is not None]
     if len(given) != 1:
         found = "none" if not given else " and ".join(f"--{name}" for name in given)
         raise UsageError(f"expected one of --text, --audio, --image, --ids, got {found}")
+    _check_temperature(request.options.get("temperature"))
     model = load(path, device=device, threads=threads)
     kind = given[0]
+    if model.manifest.kind == "encoder" and (request.options or pieces is not None):
+        asked = ", ".join(request.options) or "stream"
+        raise UsageError(f"this artifact ({model.manifest.task}) generates nothing: leave out {asked}")
     if kind == "ids":
-        yield _run_arrays(model, _arrays(request.ids), request.options)
+        yield _run_arrays(model, _arrays(request.ids), request.options, pieces)
         return
+    _check_kind(model, kind)
     if model.manifest.kind == "encoder":
-        if request.options or pieces is not None:
-            asked = ", ".join(request.options) or "stream"
-            raise UsageError(f"this artifact ({model.manifest.task}) generates nothing: leave out {asked}")
         yield from _run_encoder(model, _texts(request.text), kind)
         return
     pipeline = model.pipeline(kind)
@@ -72,6 +81,29 @@ def run(
         result = model.generate(**feeds, **options)
         text = pipeline.text(pipeline.said(result.sequences, feeds, options)[0])
         yield {"text": text, "ids": result.sequences[0].tolist()}, text
+
+
+def _check_temperature(temperature: float | None) -> None:
+    """A temperature asks for sampling, so one that cannot be sampled with is said here, in words of the options."""
+    if temperature is not None and not temperature >= COLDEST:
+        raise UsageError(
+            f"--temperature {temperature:g}: expected a number above 0 ({COLDEST:g} is the least that can be sampled with); "
+            "for the likeliest token at every step leave out --temperature, --top-k, --top-p and --seed"
+        )
+
+
+def _check_kind(model: Model, kind: str) -> None:
+    """Refuses what the artifact's front end does not take, and names the option that gives it what it does."""
+    taken = str(model.manifest.frontend["type"])
+    if taken == "arrays":
+        graph = model.manifest.graphs.get("encoder")
+        names = ["input_ids", "attention_mask"] if graph is None else [item.name for item in graph.inputs]
+        raise UsageError(
+            f"this artifact has no tokenizer or processor for --{kind}: give its inputs as arrays, --ids FILE.npz with "
+            + " and ".join(names)
+        )
+    if kind != taken:
+        raise UsageError(f"this artifact takes {taken}, not {kind}: use --{taken}")
 
 
 def _texts(text: str | None) -> Iterator[str | None]:
@@ -100,13 +132,34 @@ def _arrays(path: Path | None) -> dict[str, Any]:
         raise InputError(f"{path}: expected an .npz archive of the encoder's inputs by name") from err
 
 
-def _run_arrays(model: Model, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Result:
+def _run_arrays(
+    model: Model, arrays: Mapping[str, Any], options: Mapping[str, Any], pieces: Callable[[str], None] | None
+) -> Result:
     if model.manifest.kind == "encoder":
         values = model.encode(**arrays).values
         outputs = {name: model.session.array(value).tolist() for name, value in values.items()}
         return {"outputs": outputs}, "\n".join(f"{name}: {value}" for name, value in outputs.items())
-    sequences = model.generate(**arrays, **options).sequences.tolist()
+    if pieces is not None:
+        return _stream_ids(model, {**arrays, **options}, pieces)
+    sequences = model.generate(**{**arrays, **options}).sequences.tolist()
     return {"ids": sequences}, "\n".join(" ".join(map(str, row)) for row in sequences)
+
+
+def _stream_ids(model: Model, arguments: Mapping[str, Any], pieces: Callable[[str], None]) -> Result:
+    """A row of ids as it comes, the prompt first: the pieces joined are the line that is printed without a stream."""
+    call = model.prepare(arguments)
+    rows = len(call["prompt"]) * call["options"].num_return_sequences
+    if rows != 1:
+        raise UsageError(
+            f"--stream prints one row of ids as it comes, got {rows}: give one source, or leave out --stream"
+        )
+    following = tokens(**call)  # refuses what it can before anything is printed
+    row: list[int] = call["prompt"][0].tolist()
+    pieces(" ".join(map(str, row)))
+    for chosen in following:
+        row.append(int(chosen[0]))
+        pieces(f" {row[-1]}")
+    return {"ids": [row]}, ""
 
 
 def _run_encoder(model: Model, texts: Iterator[str | None], kind: str) -> Iterator[Result]:
@@ -121,7 +174,7 @@ def _run_encoder(model: Model, texts: Iterator[str | None], kind: str) -> Iterat
             yield {"text": text, "embedding": vector.tolist()}, " ".join(f"{x:.5f}" for x in vector)
             continue
         scores = model.classify(**feeds)[0]
-        yield _labelled(text, scores, model.labels)
+        yield _labelled(text, scores, model.labels or [str(index) for index in range(scores.shape[-1])])
 
 
 def _labelled(text: str, scores: Any, labels: Sequence[str]) -> Result:

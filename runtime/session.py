@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from txopt.runtime.arrays import as_array
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
 from txopt.runtime.counts import allocating, count
-from txopt.runtime.errors import InputError, UsageError, explain
-from txopt.runtime.graphs import Axes, CacheSpec, GraphSpec, TensorSpec
+from txopt.runtime.errors import ArtifactError, InputError, UsageError, explain
+from txopt.runtime.graphs import Axes, CacheSpec, GraphSpec
+from txopt.runtime.inputs import axes_of, check_inputs
+from txopt.runtime.opened import mismatches
+from txopt.runtime.strict_json import limited
 
 MASK = "encoder_attention_mask"
 FIRST_BUCKET = 64  # self-cache length of a new decoder; attention costs time in proportion to it
@@ -42,6 +46,9 @@ class Session:
         artifact: opened, so its hashes are checked already.
         device: "cpu" or "cuda".
         threads: engine threads, None for one per core.
+
+    Errors:
+        ArtifactError: a file holds no graph, or another than the manifest says.
     """
 
     def __init__(self, artifact: Artifact, *, device: str = "cpu", threads: int | None = None) -> None:
@@ -50,20 +57,38 @@ class Session:
             name: Runner(artifact.file(spec.file), device=device, threads=threads)
             for name, spec in artifact.manifest.graphs.items()
         }
+        problems = [
+            problem
+            for name, spec in artifact.manifest.graphs.items()
+            for problem in mismatches(name, spec, self._runners[name].opened())
+        ]
+        if problems:
+            title = (
+                f"{artifact.path}: the graphs in its files are not those of its manifest (was it edited, or were files "
+                "swapped?); export it again:"
+            )
+            raise ArtifactError(explain(title, limited(problems)))
 
     def array(self, value: Any) -> Array:
         return next(iter(self._runners.values())).array(value)
 
-    def encode(self, inputs: Mapping[str, Array]) -> Encoded:
+    def encode(self, inputs: Mapping[str, Any]) -> Encoded:
         """Runs the encoder; ``inputs`` by name, a missing attention_mask means no padding.
 
         Errors:
-            InputError: unknown, missing or ill-shaped inputs, all of them listed.
+            InputError: unknown, missing or ill-shaped inputs, ids that the model does not know, and sources longer than
+                it reads, all of them listed.
         """
         runner = self._runners.get("encoder")
         if runner is None:
             raise UsageError(f"this artifact ({self.manifest.kind}) has no encoder")
-        feeds = check_inputs(self.manifest.graphs["encoder"], inputs)
+        frontend = self.manifest.frontend
+        feeds = check_inputs(
+            self.manifest.graphs["encoder"],
+            inputs,
+            vocabulary=frontend.get("source_vocabulary"),
+            positions=frontend.get("source_positions"),
+        )
         return Encoded(len(next(iter(feeds.values()))), runner.run(feeds), feeds.get("attention_mask"))
 
     def decoder(self, encoded: Encoded | None, *, beams: int = 1, batch: int = 1) -> "RowDecoder":
@@ -132,7 +157,7 @@ class RowDecoder:
         if mask is None:
             last: Floats = self.feed(ids)[:, -1]
             return last
-        mask = np.asarray(mask)
+        mask = as_array("mask", mask)
         if mask.shape != ids.shape or (np.diff(mask != 0, axis=1) & (mask[:, 1:] == 0)).any() or not mask[:, -1].all():
             raise InputError(
                 f"mask: expected {list(ids.shape)}, 0 on the left where padding is, and a last token in every row"
@@ -153,7 +178,7 @@ class RowDecoder:
             self._reserve(self._longest + 1)
             self._step = self._bind(self._ids, self._logits)
         if not isinstance(ids, np.ndarray) or ids.dtype != np.int64 or ids.shape != self._position.shape:
-            ids = self._checked(np.asarray(ids)[..., None])[:, 0]
+            ids = self._checked(as_array("tokens", ids)[..., None])[:, 0]
         elif ids.min() < 0 or ids.max() >= self._vocabulary:
             self._checked(ids[:, None])
         self._ids[:, 0] = ids
@@ -181,7 +206,7 @@ class RowDecoder:
 
         Only rows that change are copied, and only their filled part.
         """
-        rows = np.asarray(rows)
+        rows = as_array("rows", rows)
         if rows.shape != self._position.shape or rows.dtype.kind not in "iu":
             raise InputError(f"rows: expected int64 [{len(self._position)}], got {rows.dtype} {list(rows.shape)}")
         offsets = rows - self._first_of_group
@@ -202,7 +227,7 @@ class RowDecoder:
 
     def _checked(self, ids: Any) -> Ids:
         """Tokens int64 [R,Q], or InputError."""
-        tokens = np.asarray(ids)
+        tokens = as_array("tokens", ids)
         fits = tokens.dtype.kind in "iu" and tokens.ndim == 2 and len(tokens) == len(self._position) and tokens.size
         if not fits or tokens.min() < 0 or tokens.max() >= self._vocabulary:
             raise InputError(
@@ -257,7 +282,7 @@ def _sources(runner: Runner, spec: GraphSpec, encoded: Encoded) -> dict[str, Any
     for name in wanted.keys() & found.keys():
         dtype, shape = runner.describe(found[name])
         if dtype != wanted[name].dtype or not _fits(wanted[name].axes, shape, sizes):
-            problems.append(f"{name}: expected {wanted[name].dtype} {_axes(wanted[name])}, got {dtype} {list(shape)}")
+            problems.append(f"{name}: expected {wanted[name].dtype} {axes_of(wanted[name])}, got {dtype} {list(shape)}")
     if any(item.name == MASK for item in spec.inputs):
         if encoded.mask is None or not _fits(("B", "T"), encoded.mask.shape, sizes):
             problems.append(f"{MASK}: expected the mask that encode() read, int64 [B,T]")
@@ -275,49 +300,3 @@ def _fits(axes: Axes, shape: tuple[int, ...], sizes: dict[str, int]) -> bool:
         size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
         for axis, size in zip(axes, shape, strict=True)
     )
-
-
-def check_inputs(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The graph's feeds, in its dtypes; every problem with ``inputs`` in one InputError."""
-    known = {item.name: item for item in spec.inputs}
-    problems = [f"{name}: unknown; expected {', '.join(known)}" for name in inputs if name not in known]
-    feeds: dict[str, Array] = {}
-    for name, item in known.items():
-        if (value := inputs.get(name)) is not None:
-            feeds[name] = np.ascontiguousarray(value)
-        elif name == "attention_mask" and (ids := inputs.get("input_ids")) is not None:
-            feeds[name] = np.ones(np.shape(ids), np.int64)
-        else:
-            problems.append(f"{name}: missing; expected {item.dtype} {_axes(item)}")
-    sizes: dict[str, int] = {}
-    for name, value in feeds.items():
-        problems += _misfits(known[name], value, sizes)
-    if problems:
-        raise InputError(explain("the inputs do not fit the model:", problems))
-    return {name: value.astype(_dtype(known[name]), copy=False) for name, value in feeds.items()}
-
-
-def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]:
-    found = f"{item.name}: expected {item.dtype} {_axes(item)}, got {value.dtype} {list(value.shape)}"
-    integral = item.dtype.startswith("int")
-    if integral and value.size and value.dtype.kind in "iu" and value.min() < 0:
-        return [f"{item.name}: expected ids and masks of at least 0, got {value.min()}"]
-    if value.dtype.kind not in ("iub" if integral else "f") or value.ndim != len(item.axes) or 0 in value.shape:
-        return [found]
-    for axis, size in zip(item.axes, value.shape, strict=True):
-        expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
-        if size != expected:
-            return [f"{found} ({axis} is {expected})"]
-    if not integral and not (extreme := np.abs(value).max()) <= np.finfo(_dtype(item)).max:
-        return [
-            f"{item.name}: expected finite numbers that {item.dtype} holds, got {extreme}; look where they come from"
-        ]
-    return []
-
-
-def _dtype(item: TensorSpec) -> type[Any]:
-    return {"int64": np.int64, "float32": np.float32, "float16": np.float16}[item.dtype]
-
-
-def _axes(item: TensorSpec) -> str:
-    return "[" + ",".join(map(str, item.axes)) + "]"

@@ -65,7 +65,7 @@ class TextDecoder:
 
         Raises:
             InputError: the artifact has no tokenizer.
-            ArtifactError: the file is not a tokenizer that the installed ``tokenizers`` reads.
+            ArtifactError: the file is not a tokenizer that the installed ``tokenizers`` reads, or it leaves a text no room.
         """
         name = frontend.get("target_tokenizer") or frontend.get("tokenizer")
         if name is None:
@@ -143,6 +143,12 @@ class TextFrontend(TextDecoder):
         self._unknown = int(frontend.get("unk_token_id") or 0)
         if self._limit is not None:
             room = self._limit - (len(self._template) - 1 if self._template else 0)
+            special = self._source.num_special_tokens_to_add(False) if self._special else 0
+            if room <= special:
+                raise ArtifactError(
+                    f"frontend.max_source_length: expected room for a token beside the {special + self._limit - room} that "
+                    f"the tokenizer puts around a text, found {self._limit}; export the artifact again"
+                )
             self._source.enable_truncation(max_length=room)
 
     @property

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.runtime.artifacts import edit, put
+from tests.runtime.test_opened import swap_files
+from txopt.runtime import running
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.cases import FILE as CASES
 
@@ -142,6 +147,27 @@ def test_0_arrays_are_read_from_a_file(g2p: Artifact, tmp_path: Path) -> None:
     assert row[-1] == 2
 
 
+def test_0_ids_are_streamed_as_they_come_and_are_what_is_printed_without(g2p: Artifact, tmp_path: Path) -> None:
+    np.savez(tmp_path / "ids.npz", input_ids=np.array([[7, 5, 24, 2]]))
+    asked = ("run", g2p.path, "--ids", tmp_path / "ids.npz")
+    done = txopt(*asked, "--stream")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == txopt(*asked).stdout
+    assert len(done.stdout.split()) > 3
+    pieces: list[str] = []
+    run = running.run(g2p.path, running.Request(ids=tmp_path / "ids.npz"), threads=1, pieces=pieces.append)
+    (document, line), *more = run
+    assert (line, more) == ("", [])
+    assert [int(piece) for piece in pieces] == document["ids"][0]
+
+
+def test_2_a_stream_of_ids_is_one_row(g2p: Artifact, tmp_path: Path) -> None:
+    np.savez(tmp_path / "ids.npz", input_ids=np.array([[7, 5, 24, 2]] * 2))
+    done = txopt("run", g2p.path, "--ids", tmp_path / "ids.npz", "--stream")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "one row of ids as it comes, got 2: give one source, or leave out --stream" in done.stderr
+
+
 # what is asked of ``run``, and what the message on stderr must say; {artifact} is g2p's
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing there": (("no-such-artifact", "--text", "cat"), "no-such-artifact"),
@@ -158,6 +184,9 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a device there is not": (("{artifact}", "--text", "cat", "--device", "tpu"), "tpu"),
     "a temperature beyond cold": (("{artifact}", "--text", "cat", "--temperature", "1e-320"), "temperature"),
     "more beams than memory holds": (("{artifact}", "--text", "cat", "--num-beams", "1000000000"), "GiB of memory"),
+    "a temperature of nought": (("{artifact}", "--text", "cat", "--temperature", "0"), "leave out --temperature"),
+    "a temperature below nought": (("{artifact}", "--text", "cat", "--temperature", "-1"), "--temperature -1"),
+    "a stream of beams": (("{artifact}", "--text", "cat", "--stream", "--num-beams", "2"), "cannot be streamed"),
     "no threads": (("{artifact}", "--text", "cat", "--threads", "0"), "threads"),
     "arrays that are not there": (("{artifact}", "--ids", "no-such.npz"), "no-such.npz"),
     "a number that is none": (("{artifact}", "--text", "cat", "--num-beams", "many"), "--num-beams"),
@@ -196,6 +225,41 @@ def test_2_text_for_a_speech_model(g2p: Artifact, tmp_path: Path) -> None:
     done = txopt("run", tmp_path, "--text", "cat")
     assert (done.returncode, done.stdout) == (2, "")
     assert "takes audio, not text" in done.stderr
+
+
+def edited(g2p: Artifact, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    shutil.copytree(g2p.path, out)
+    edit(out, change)
+    return out
+
+
+@pytest.mark.parametrize("given", ["--text", "--audio", "--image"])
+def test_2_a_model_of_arrays_asks_for_them(given: str, g2p: Artifact, tmp_path: Path) -> None:
+    arrays = edited(g2p, tmp_path / "arrays", put("frontend", {"type": "arrays"}))
+    done = txopt("run", arrays, given, "cat")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"no tokenizer or processor for {given}" in done.stderr
+    assert "--ids FILE.npz with input_ids and attention_mask" in done.stderr
+    assert "model.generate" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("frontend/max_source_length", "64"), "frontend.max_source_length: expected an integer"),
+        (put("frontend/languages", 5), "frontend.languages: expected an object"),
+        (put("frontend/source_template", "junk"), "frontend.source_template: expected a list"),
+        (put("frontend/add_special_tokens", None), "frontend.add_special_tokens: expected true or false"),
+        (swap_files, "are not those of its manifest"),
+    ],
+)
+def test_2_a_manifest_edited_by_hand(
+    change: Callable[[dict[str, Any]], None], message: str, g2p: Artifact, tmp_path: Path
+) -> None:
+    done = txopt("run", edited(g2p, tmp_path / "edited", change), "--text", "cat")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_2_wrong_options_of_an_export_are_told_at_once(tmp_path: Path) -> None:

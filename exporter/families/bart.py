@@ -2,7 +2,7 @@
 
 from txopt.exporter.families.family import Family, Positions
 
-_POSITIONS = Positions(path="model.decoder.embed_positions", offset=2)
+_POSITIONS = (Positions(path="model.decoder.embed_positions", offset=2),)
 
 BART = Family(
     name="bart",

@@ -37,7 +37,9 @@ class Family:
         kind: "encoder-decoder", "encoder" or "decoder".
         task: what the artifact does, unless the architecture says otherwise (``tasks``).
         inputs: the encoder's inputs; sizes named like configuration values ("num_mel_bins") are read from there.
-        positions: the decoder's table of positions, where the model itself takes one position for all rows.
+        decoders: the ``model_type`` values of ``config.decoder`` that the family knows; empty where there is one decoder.
+        positions: the decoder's table of positions, where the model itself takes one position for all rows; the first that is
+            there counts.
         limit: the configuration value that bounds the target, None where nothing does.
         source_limit: the configuration value that bounds a text source.
         position_argument: the name under which the model takes positions [R,Q], where it does.
@@ -49,7 +51,8 @@ class Family:
     kind: str = "encoder-decoder"
     task: str = "text-to-text"
     inputs: tuple[Input, ...] = TEXT
-    positions: Positions | None = None
+    decoders: tuple[str, ...] = ()
+    positions: tuple[Positions, ...] = ()
     limit: str | None = None
     source_limit: str | None = None
     position_argument: str | None = None

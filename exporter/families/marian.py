@@ -2,7 +2,7 @@
 
 from txopt.exporter.families.family import Family, Positions
 
-_POSITIONS = Positions(path="model.decoder.embed_positions")
+_POSITIONS = (Positions(path="model.decoder.embed_positions"),)
 
 MARIAN = Family(
     name="marian",

@@ -57,10 +57,14 @@ VISION_ENCODER_DECODER = Family(
         Input(
             name="pixel_values",
             dtype="float",
-            axes=("B", "encoder.num_channels", "encoder.image_size", "encoder.image_size"),
+            axes=("B", "encoder.num_channels", "encoder.image_size.0", "encoder.image_size.1"),
         ),
     ),
-    positions=Positions(path="decoder.model.decoder.embed_positions", offset=2),
+    decoders=("trocr",),
+    positions=(
+        Positions(path="decoder.model.decoder.embed_positions", offset=2),
+        Positions(path="decoder.model.decoder.embed_positions", weight="weights", after_padding=True),  # sinusoidal
+    ),
     limit="decoder.max_position_embeddings",
     hook=wrap_attention,
 )

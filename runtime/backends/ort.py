@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from txopt.runtime.backends.huge_pages import collapsed
 from txopt.runtime.counts import count
 from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, TxoptError, UsageError
+from txopt.runtime.opened import Opened
 
 MOST_THREADS = 4096  # far beyond any machine; the engine starts as many as it is told, or ends the process
 
@@ -86,8 +87,15 @@ class Runner:
 
     def describe(self, value: Value) -> tuple[str, tuple[int, ...]]:
         """A tensor's dtype, by the name that manifests use, and its shape."""
-        dtype = value.data_type().removeprefix("tensor(").removesuffix(")")
-        return "float32" if dtype == "float" else dtype, tuple(value.shape())
+        return _dtype(value.data_type()), tuple(value.shape())
+
+    def opened(self) -> Opened:
+        """The graph's inputs and outputs."""
+        inputs, outputs = (
+            {item.name: (_dtype(item.type), tuple(item.shape)) for item in items}
+            for items in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        return Opened(inputs=inputs, outputs=outputs)
 
     def tensor(self, array: Array, dtype: str | None = None) -> Value:
         """An engine tensor of ``array``; on the CPU the two share memory."""
@@ -125,9 +133,25 @@ class Runner:
             self._session.run_with_iobinding(binding)
         except Exception as err:  # the library raises a dozen kinds, without a common base
             raise InputError(
-                f"the engine refused these inputs; ids beyond the vocabulary or too long sources do that: {err}"
+                f"the engine refused these inputs: expected ids and lengths that the model knows, got {_fed(inputs)}; "
+                f"look for ids beyond the vocabulary and too long sources; the engine says: {err}"
             ) from err
         return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+def _dtype(kind: str) -> str:
+    """The engine's "tensor(float)" by the name that manifests use."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return "float32" if name == "float" else name
+
+
+def _fed(inputs: Mapping[str, Array]) -> str:
+    """What was given, for a message."""
+    described = (
+        f"{name} {array.dtype} {list(array.shape)}" + (f" up to {array.max()}" if array.dtype.kind in "iu" else "")
+        for name, array in inputs.items()
+    )
+    return ", ".join(described)
 
 
 def _providers(device: str) -> tuple[str, int, list[Any]]:

@@ -36,7 +36,7 @@ def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:
 
 
 HEADS: dict[str, Callable[[], Any]] = {
-    "BertForMaskedLM": lambda: t.BertForMaskedLM(t.BertConfig(**SIZES)),
+    "BertForQuestionAnswering": lambda: t.BertForQuestionAnswering(t.BertConfig(**SIZES)),
     "T5Model": lambda: t.T5Model(t.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
     "GPT2Model": lambda: t.GPT2Model(t.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)),
 }
@@ -47,6 +47,81 @@ def test_a_head_that_no_road_carries_is_named(name: str, tmp_path: Path) -> None
     HEADS[name]().save_pretrained(tmp_path / "source")
     with pytest.raises(SourceError, match=name):
         export(tmp_path / "source", tmp_path / "out")
+
+
+def test_a_refused_head_comes_with_the_way_to_its_body(tmp_path: Path) -> None:
+    HEADS["BertForQuestionAnswering"]().save_pretrained(tmp_path / "source")
+    with pytest.raises(SourceError, match=r"as an encoder: expected .* model\.base_model\.save_pretrained\(\.\.\.\)"):
+        export(tmp_path / "source", tmp_path / "out")
+
+
+DISTILBERT: dict[str, Any] = {"vocab_size": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+LANGUAGE_HEADS: dict[str, Callable[[], Any]] = {
+    "BertForMaskedLM": lambda: t.BertForMaskedLM(t.BertConfig(**SIZES)),
+    "BertForPreTraining": lambda: t.BertForPreTraining(t.BertConfig(**SIZES)),
+    "RobertaForMaskedLM": lambda: t.RobertaForMaskedLM(t.RobertaConfig(**SIZES)),
+    "XLMRobertaForMaskedLM": lambda: t.XLMRobertaForMaskedLM(t.XLMRobertaConfig(**SIZES)),
+    "DistilBertForMaskedLM": lambda: t.DistilBertForMaskedLM(t.DistilBertConfig(**DISTILBERT)),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_HEADS)
+def test_the_body_under_a_language_model_head_embeds(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    module = LANGUAGE_HEADS[name]().eval()
+    module.save_pretrained(tmp_path / "source")
+    artifact = export(tmp_path / "source", tmp_path / "out")
+    assert artifact.manifest.task == "embedding"
+    assert f"{name} is exported as" in caplog.text
+    assert "its language-model head is left out" in caplog.text
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        expected = module.base_model(ids).last_hidden_state.mean(1).numpy()
+    np.testing.assert_allclose(Model(artifact).embed(input_ids=ids.numpy()), expected, rtol=0, atol=1e-5)
+
+
+def test_a_masked_language_model_that_lacks_its_body_is_refused(tmp_path: Path) -> None:
+    LANGUAGE_HEADS["BertForMaskedLM"]().save_pretrained(tmp_path / "source")
+    (file,) = (tmp_path / "source").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors.pop("bert.embeddings.word_embeddings.weight")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(SourceError, match=r"lacks weights.*\n.*word_embeddings"):
+        export(tmp_path / "source", tmp_path / "out")
+
+
+def gpt2(positions: int) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    return t.GPT2LMHeadModel(t.GPT2Config(**sizes, n_positions=positions, bos_token_id=0, eos_token_id=2))
+
+
+def bert(positions: int) -> Any:
+    return t.BertModel(t.BertConfig(**SIZES, max_position_embeddings=positions))
+
+
+def bart(positions: int) -> Any:
+    layers: dict[str, Any] = {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    heads: dict[str, Any] = {f"{part}_attention_heads": 2 for part in ("encoder", "decoder")}
+    config = t.BartConfig(vocab_size=40, d_model=16, max_position_embeddings=positions, **layers, **heads)
+    return t.BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("positions", [2, 8])
+@pytest.mark.parametrize("make", [gpt2, bert, bart])
+def test_a_handful_of_positions_is_enough(make: Callable[[int], Any], positions: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make(positions).save_pretrained(tmp_path / "source")
+    assert export(tmp_path / "source", tmp_path / "out").manifest.parity["passed"]
+
+
+@pytest.mark.parametrize("make", [gpt2, bert, bart])
+def test_one_position_is_not(make: Callable[[int], Any], tmp_path: Path) -> None:
+    make(1).save_pretrained(tmp_path / "source")
+    with pytest.raises(SourceError, match="max_position_embeddings: expected at least 2 positions, got 1"):
+        export(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_truncated_file_is_the_sources_fault(tmp_path: Path) -> None:

@@ -249,3 +249,11 @@ def test_prompts_that_cannot_be() -> None:
         decoder_prompt(MULTILINGUAL, start, language="klingon")
     with pytest.raises(InputError, match="task='sing': expected transcribe or translate"):
         decoder_prompt(MULTILINGUAL, start, language="de", task="sing")
+    for generation, about in (({"language": 5}, "language=5"), ({"language": "de", "task": ["sing"]}, "task=")):
+        with pytest.raises(InputError, match=f"{about}.*: expected text"):
+            decoder_prompt(MULTILINGUAL, start | generation)
+    for nothing in ({}, {"decoder_start_token_id": "50258"}):
+        with pytest.raises(
+            InputError, match="decoder_start_token_id: expected the id that this model starts from, found"
+        ):
+            decoder_prompt(MULTILINGUAL, nothing)

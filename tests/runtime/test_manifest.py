@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from tests.runtime.artifacts import Document, manifest, put
 from txopt.runtime.errors import ArtifactError
 from txopt.runtime.files import PICKLES, SUFFIXES
+from txopt.runtime.frontend import COMMON, KEYS, TYPES
 from txopt.runtime.graphs import AXES, DTYPES, CacheSpec, GraphSpec, TensorSpec
-from txopt.runtime.manifest import FORMAT, FRONTENDS, KINDS, LARGEST, PRECISIONS, TARGETS, TOKENIZERS, Manifest
+from txopt.runtime.manifest import FORMAT, KINDS, LARGEST, PRECISIONS, TARGETS, Manifest
 from txopt.runtime.strict_json import DEEPEST
 
 JSON = st.recursive(
@@ -212,7 +213,19 @@ def test_a_manifest_that_no_reader_accepts_is_not_written() -> None:
 def test_the_specification_names_everything_that_is_checked() -> None:
     text = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8")
     keys = [field.name for kind in (Manifest, CacheSpec, GraphSpec, TensorSpec) for field in dataclasses.fields(kind)]
-    words = [*keys, *KINDS, *PRECISIONS, *TARGETS, *FRONTENDS, *TOKENIZERS, *DTYPES, *AXES, *SUFFIXES, *PICKLES]
+    words = [
+        *keys,
+        *KINDS,
+        *PRECISIONS,
+        *TARGETS,
+        *TYPES,
+        *COMMON,
+        *(key for table in KEYS.values() for key in table),
+        *DTYPES,
+        *AXES,
+        *SUFFIXES,
+        *PICKLES,
+    ]
     assert [word for word in words if not re.search(rf"[`\"{{]{re.escape(word)}[`\"}}]", text)] == []
     assert f"version {FORMAT}\n" in text
     assert f"{LARGEST >> 20} MiB" in text

@@ -11,8 +11,8 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Runner
 from txopt.runtime.errors import InputError, UsageError
 from txopt.runtime.graphs import GraphSpec, TensorSpec
+from txopt.runtime.inputs import check_inputs
 from txopt.runtime.model import Model, load
-from txopt.runtime.session import check_inputs
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,54 @@ def test_wrong_inputs_are_all_named(model: Model) -> None:
         model.encode(input_ids=np.ones((1, 3), np.int64), attention_mask=np.ones((2, 3), np.int64), foo=np.ones(1))
     with pytest.raises(InputError, match="at least 0, got -1"):
         model.encode(input_ids=np.array([[1, -1]]))
-    with pytest.raises(InputError, match="engine refused"):
-        model.encode(input_ids=np.array([[1, 500]]))
+    with pytest.raises(InputError, match=r"got input_ids int64 \[1, 2\] up to 500, .*; look for ids beyond"):
+        replaced(model, source_vocabulary=None).encode(input_ids=np.array([[1, 500]]))
+
+
+def replaced(model: Model, **facts: Any) -> Model:
+    """The same graphs, with other facts in the manifest's front end."""
+    manifest = replace(model.manifest, frontend=model.manifest.frontend | facts)
+    return Model(replace(model.artifact, manifest=manifest), threads=1)
+
+
+def test_sources_beyond_the_models_tables_are_refused_before_the_engine_sees_them(model: Model) -> None:
+    bounded = replaced(model, source_vocabulary=31, source_positions=4)
+    assert bounded.generate(input_ids=[[4, 5, 30, 2]], max_new_tokens=2).sequences.shape[0] == 1
+    with pytest.raises(InputError) as caught:
+        bounded.generate(input_ids=[[4, 5, 24, 2, 31]])
+    assert "input_ids: expected ids of this model's source vocabulary, 0 to 30, got 31" in str(caught.value)
+    assert "input_ids: expected sources of at most 4 tokens, padding included" in str(caught.value)
+    assert "got 5; shorten them" in str(caught.value)
+
+
+RAGGED: Any = [[5, 6, 2], [5, 2]]
+
+
+@pytest.mark.parametrize("name", ["encode", "generate"])
+@pytest.mark.parametrize(
+    ("inputs", "about"),
+    [
+        ({"input_ids": RAGGED}, "input_ids"),
+        ({"input_ids": [[5, 2], [5, 2]], "attention_mask": [[1, 1], [1]]}, "attention_mask"),
+    ],
+)
+def test_rows_of_different_lengths_are_to_be_padded(name: str, inputs: Any, about: str, model: Model) -> None:
+    with pytest.raises(InputError, match=f"{about}: rows differ in length; pad them, and give an attention_mask"):
+        getattr(model, name)(**inputs)
+
+
+def test_rows_of_different_lengths_are_no_tokens(model: Model) -> None:
+    encoded = model.encode(input_ids=[[5, 6, 2], [5, 2, 0]])
+    with pytest.raises(InputError, match="tokens: rows differ in length"):
+        model.decode(encoded).prefill(RAGGED)
+    with pytest.raises(InputError, match="mask: rows differ in length"):
+        model.decode(encoded).prefill(np.ones((2, 2), np.int64), RAGGED)
+    decoder = model.decode(encoded)
+    decoder.prefill(np.ones((2, 1), np.int64))
+    with pytest.raises(InputError, match="tokens: rows differ in length"):
+        decoder.step([1, [2]])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="rows: rows differ in length"):
+        decoder.reorder([0, [1]])  # type: ignore[arg-type]
 
 
 def test_more_tokens_than_positions_are_refused(model: Model) -> None:

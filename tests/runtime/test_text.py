@@ -54,6 +54,14 @@ def test_padding_on_the_left_with_another_id(directory: Path) -> None:
     assert feeds["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
 
 
+@pytest.mark.parametrize(("limit", "facts"), [(1, {}), (2, {"source_template": ["text", 1, 2]})])
+def test_a_limit_without_room_for_text_is_refused(limit: int, facts: dict[str, Any], directory: Path) -> None:
+    """Only the tokenizer's file tells how many tokens it puts around a text."""
+    with pytest.raises(ArtifactError, match=r"frontend.max_source_length: expected room for a token beside the [12] "):
+        TextFrontend(directory, frontend(max_source_length=limit, **facts))
+    assert TextFrontend(directory, frontend(max_source_length=limit + 1, **facts)).encode("a frog")["input_ids"].size
+
+
 def test_one_text_need_not_be_in_a_list(directory: Path) -> None:
     assert TextFrontend(directory, frontend()).encode("a frog")["input_ids"].tolist() == [[4, 5, 2]]
 
