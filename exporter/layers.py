@@ -55,11 +55,11 @@ def stack_of(layer: str) -> tuple[str, int]:
 
 
 def part_of(name: str) -> str:
-    """What the name says beside its layer and its last word: "self_attn.q_proj"; the whole name where it says nothing."""
-    parts = [".".join(_path(part).inside) for part in name.split(_JOINED)]
-    told = list(dict.fromkeys(part for part in parts if part))
+    """What the name says beside its layer and its last word: "self_attn.q_proj"; of a name that tells neither, all of it."""
+    paths = [_path(part) for part in name.split(_JOINED)]
+    told = list(dict.fromkeys(".".join(path.inside) for path in paths if path.inside))
     if not told:
-        return name
+        return "" if any(path.number is not None for path in paths) else name
     scope, dot, _ = told[0].rpartition(".")
     if len(told) > 1 and all(part.startswith(scope + dot) for part in told):
         return scope + dot + _JOINED.join(part.removeprefix(scope + dot) for part in told)

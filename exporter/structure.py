@@ -127,15 +127,20 @@ def rows(graph: Graph, known: Mapping[str, str] = _NOTHING) -> list[dict[str, An
     if order:
         last_of_first = [index for index, name in enumerate(order) if stack_of(name)[0] == stack_of(order[0])[0]][-1]
         order = [BEFORE, *order[: last_of_first + 1], BETWEEN, *order[last_of_first + 1 :], AFTER]
-    shown = [name for name in (order or [ALL]) if name in found][:_MOST_LAYERS]
-    return [
+    names = [name for name in (order or [ALL]) if name in found]
+    shown = [
         {
             "layer": name[:_LONGEST_NAME],
             "nodes": len(found[name]),
             "operators": [_shown(node) for node in found[name][:_MOST_OPERATORS]],
         }
-        for name in shown
+        for name in names[:_MOST_LAYERS]
     ]
+    if rest := names[_MOST_LAYERS:]:
+        shown.append(
+            {"layer": f"{len(rest)} more rows", "nodes": sum(len(found[name]) for name in rest), "operators": []}
+        )
+    return shown
 
 
 def layers(graphs: Iterable[Graph]) -> list[Layer]:
@@ -164,9 +169,9 @@ def weights(found: Sequence[Layer]) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for layer in found:
-        prefix = f"{stack_of(layer.name)[0]}.*." if layer.name else ""
+        stack = f"{stack_of(layer.name)[0]}.*" if layer.name else ""
         for weight, told_by in layer.weights:
-            group = (prefix + part_of(told_by))[:_LONGEST_NAME]
+            group = ".".join(filter(None, (stack, part_of(told_by))))[:_LONGEST_NAME]
             sizes[group] += weight.bytes
             counts[group] += 1
     every = sorted((weight for layer in found for weight, _ in layer.weights), key=lambda weight: -weight.bytes)

@@ -145,5 +145,7 @@ def _parity_line(certificate: dict[str, Any]) -> str:
 
 
 def megabytes(size: int) -> str:
-    """``size`` bytes for people: "81.9 MB", "3.3 kB"."""
+    """``size`` bytes for people: "81.9 MB", "3.3 kB", "64 bytes"."""
+    if size < 1000:
+        return f"{size} bytes"
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

@@ -9,7 +9,7 @@ from txopt.exporter.layers import OUTSIDE, layer_of, part_of, stack_of
     ("name", "layer", "part"),
     [
         # txopt: "module path/operator_number"
-        ("encoder.0/Attention_25", "encoder.0", "encoder.0/Attention_25"),
+        ("encoder.0/Attention_25", "encoder.0", ""),
         ("model.decoder.layers.0.self_attn.q_proj/MatMul_38", "decoder.0", "self_attn.q_proj"),
         ("encoder.block.3.layer.1.DenseReluDense.wi/MatMul_47", "encoder.3", "layer.1.DenseReluDense.wi"),
         ("decoder.model.decoder.layers.1.encoder_attn.k_proj/MatMul_39", "decoder.1", "encoder_attn.k_proj"),

@@ -162,6 +162,13 @@ def test_the_claims_of_a_file_are_bounded() -> None:
     assert len(found["weights"]["largest"][0]["name"]) == 200
 
 
+def test_of_very_many_layers_the_last_are_counted_only() -> None:
+    nodes = [("Neg", ["x"], f"v{index}", f"/decoder/layers.{index}/Neg") for index in range(1000)]
+    found = structure.rows(structure.of_proto(graph(nodes)))
+    assert (len(found), found[-2]["layer"], found[-1]["layer"]) == (401, "decoder.399", "600 more rows")
+    assert sum(row["nodes"] for row in found) == 1000
+
+
 def test_the_document_of_a_file_lists_its_layers(tmp_path: Path) -> None:
     onnx.save(graph(TWO_STACKS), tmp_path / "net.onnx")
     document = description.of_file(onnx.load(tmp_path / "net.onnx"), tmp_path / "net.onnx")

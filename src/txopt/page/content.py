@@ -13,8 +13,9 @@ _MOST_NODES = 12  # named beside a reason
 _MOST_REASONS = 20
 _MOST_VALUES = 60
 _MOST_BARS = 60
+_LEAST_SHARE = 0.001  # of the bytes, for a bar of its own
 
-_FUSED = "Before: the operators of the file. After: what txopt optimize makes of them, but for what an engine asks for on top."
+_FUSED = "Before: the operators of the file. After: what txopt optimize makes of them, but for what an engine needs."
 _UNKNOWN = "What fusing would make of it cannot be told."
 _STORED = "An artifact holds its graphs as they are after fusing. What they were before is not kept; the counts of fusions are below."
 
@@ -184,8 +185,9 @@ def _reasons(refused: Iterable[str]) -> list[dict[str, Any]]:
 
 def _sizes(picture: Mapping[str, Any]) -> dict[str, Any]:
     layers = [(layer["name"] or "in no layer", layer["bytes"]) for layer in picture["layers"] if layer["bytes"]]
-    groups = [(group["name"], group["bytes"]) for group in picture["weights"]["groups"] if group["bytes"]]
     total = sum(size for _, size in layers)
+    parts = [(group["name"], group["bytes"]) for group in picture["weights"]["groups"]]
+    groups = [(name, size) for name, size in parts if size > _LEAST_SHARE * total]
     rest = total - sum(size for _, size in groups)
     largest = picture["weights"]["largest"]
     return {
