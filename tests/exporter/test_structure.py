@@ -66,6 +66,21 @@ def test_layers_are_in_the_order_of_their_numbers_wherever_bookkeeping_puts_them
     assert [name for name, _ in picture(graph(nodes, {"w": square()}))] == ["encoder.2", "encoder.10"]
 
 
+def test_bookkeeping_does_not_say_where_the_layers_begin() -> None:
+    nodes = [
+        ("Identity", ["x"], "i", "/encoder/layers.0/Identity"),
+        ("Neg", ["x"], "a", "/embed/Neg"),
+        ("Add", ["a", "i"], "y", "/encoder/layers.0/Add"),
+    ]
+    assert picture(graph(nodes)) == [(BEFORE, "Neg"), ("encoder.0", "Identity Add")]
+    later = [
+        ("Identity", ["x"], "j", "/decoder/layers.0/Identity"),
+        *nodes,
+        ("Abs", ["y"], "z", "/decoder/layers.0/Abs"),
+    ]
+    assert [name for name, _ in picture(graph(later))] == [BEFORE, "encoder.0", "decoder.0"]
+
+
 def test_a_node_without_a_telling_name_is_where_its_weight_is_else_where_the_node_before_it_is() -> None:
     nodes = [
         ("Neg", ["x"], "a", "Neg_0"),
@@ -138,14 +153,13 @@ def test_what_was_fused_is_where_that_was_which_it_replaced() -> None:
         {"encoder.layer.0.weight": square(), "encoder.layer.1.weight": square(2)},
     )
     model = ir.from_proto(proto)
-    fused = [node for node in model.graph if node.op_type == "Softmax"]
-    for node in fused:
-        node.op_type, node.name = "Attention", f"{node.name}/Attention"
-    model.graph.sort()
+    first = next(node for node in model.graph if node.name == "node_matmul_1")
+    first.name = "node_softmax_1/QKV"  # in layer 1, though the node before it is in layer 0 and no weight tells more
+    first.replace_input_with(1, model.graph.inputs[0])
     rows = description.picture(proto, model)["graphs"][""]["after"]
-    assert [(row["layer"], row["operators"][-1][0]) for row in rows] == [
-        ("encoder.0", "Attention"),
-        ("encoder.1", "Attention"),
+    assert [(row["layer"], [name for _, name in row["operators"]]) for row in rows] == [
+        ("encoder.0", ["node_matmul", "node_softmax"]),
+        ("encoder.1", ["node_softmax_1/QKV", "node_softmax_1"]),
     ]
 
 
