@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from txopt.runtime.files import read, sync
 from txopt.runtime.writer import ArtifactWriter
 
 STAGES = ("read", "convert", "clean", "fuse", "lower", "write", "prove")
-LOOKING = STAGES[:4]
 FILES = ("model.onnx", "weights.data")
 _OURS = b"\x12\x05txopt"  # producer_name, of the first fields that protobuf writes
 _ERRORS = ("SourceError", "InputError", "UsageError", "ArtifactError", "ParityError", "MissingDependencyError")
@@ -72,7 +71,7 @@ def optimize(
     """
     source = _file(path)
     with _FolderWriter(out, overwrite=overwrite) as writer:
-        found = _ask(source, writer.directory, progress)
+        found = _ask(source, progress, task="optimize", directory=str(writer.directory))
         sizes = {name: (writer.directory / name).stat().st_size for name in FILES}
         writer.publish()
     return OptimizeReport(path=Path(out), source=source, files=sizes, **found)
@@ -84,8 +83,27 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress | None = None) -
     Raises:
         SourceError: it is no ONNX file, or not a whole one.
     """
+    return picture(path, progress=progress)[0]
+
+
+def picture(path: str | os.PathLike[str], *, progress: Progress | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what ``inspect`` gives, the graph by layers before and after its fusions), as ``description.picture`` has it.
+
+    Raises:
+        SourceError: as ``inspect``.
+    """
     source = _file(path)
-    return {"path": str(source), **_ask(source, None, progress)}
+    found = _ask(source, progress, task="inspect")
+    return {"path": str(source), **found["document"]}, found["picture"]
+
+
+def stored(directory: Path, files: Mapping[str, str]) -> dict[str, Any]:
+    """The graphs of an artifact at ``directory`` by layers, as ``description.stored`` has it; ``files`` are theirs by name.
+
+    Raises:
+        SourceError: one of them is no ONNX file.
+    """
+    return _ask(directory, None, task="look", files={name: str(directory / file) for name, file in files.items()})
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
@@ -101,9 +119,9 @@ def _file(path: str | os.PathLike[str]) -> Path:
     return source
 
 
-def _ask(source: Path, directory: Path | None, progress: Progress | None) -> dict[str, Any]:
+def _ask(source: Path, progress: Progress | None, **asked: Any) -> dict[str, Any]:
     """The child's answer to one task."""
-    task = json.dumps({"source": str(source), "directory": str(directory) if directory else None})
+    task = json.dumps({"source": str(source), **asked})
     command = [sys.executable, "-P", "-m", "txopt.exporter.foreign_child", task]
     stage, answer = "start", None
     with (

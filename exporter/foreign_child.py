@@ -41,17 +41,27 @@ def optimize(source: Path, directory: Path, progress: Progress) -> dict[str, Any
 
 
 def inspect(source: Path, progress: Progress) -> dict[str, Any]:
-    """What is in the file and what would fuse; where it could not be optimized, ``problem`` says why."""
-    from txopt.exporter import onnx_file
+    """What is in the file and what would fuse, with the picture of both; where it could not be optimized, ``problem`` says why."""
+    from txopt.exporter import description, onnx_file
 
     progress("read")
     proto = onnx_file.parse(source)
-    document = onnx_file.describe(proto, source)
+    document, model = description.of_file(proto, source), None
     try:
         onnx_file.check(proto, source)
-        return {**document, "fusions": _fused(source, proto, progress)[1], "problem": None}
+        model, fusions = _fused(source, proto, progress)
+        document |= {"fusions": fusions, "problem": None}
     except TxoptError as err:
-        return {**document, "fusions": None, "problem": str(err)}
+        document |= {"fusions": None, "problem": str(err)}
+    return {"document": document, "picture": description.picture(proto, model)}
+
+
+def look(files: dict[str, str], progress: Progress) -> dict[str, Any]:
+    """The picture of graphs, by their names, as they are."""
+    from txopt.exporter import description, onnx_file
+
+    progress("read")
+    return description.stored({name: onnx_file.parse(Path(file)) for name, file in files.items()})
 
 
 def _fused(source: Path, proto: Any, progress: Progress) -> tuple[Any, dict[str, Any]]:
@@ -67,6 +77,12 @@ def _fused(source: Path, proto: Any, progress: Progress) -> tuple[Any, dict[str,
     return model, {report.operator: report.to_json() for report in reports}
 
 
+def _result(asked: dict[str, Any], source: Path, progress: Progress) -> dict[str, Any]:
+    if asked["task"] == "optimize":
+        return optimize(source, Path(asked["directory"]), progress)
+    return inspect(source, progress) if asked["task"] == "inspect" else look(asked["files"], progress)
+
+
 def main(task: str) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever else prints does not speak for us
@@ -80,9 +96,7 @@ def main(task: str) -> None:
 
     source = Path(asked["source"])
     try:
-        directory = asked["directory"]
-        result = optimize(source, Path(directory), progress) if directory else inspect(source, progress)
-        answer: dict[str, Any] = {"result": result}
+        answer: dict[str, Any] = {"result": _result(asked, source, progress)}
     except TxoptError as err:
         answer = {"error": type(err).__name__, "message": str(err)}
     except ModuleNotFoundError as err:

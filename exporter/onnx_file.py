@@ -4,7 +4,6 @@ Whoever calls this parses bytes of unknown origin with native code: ``foreign_ch
 fusion and no engine.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ OPSET = 24
 OLDEST_OPSET = 11
 _IR_VERSION = 10  # the least that knows opset 24's operators to ONNX Runtime
 _STANDARD = ("", "ai.onnx")
-_LAYER = re.compile(r"^/?(.*?\w)[._/]+(\d+)(?=[./])")
 _FEW = 8
 _LENGTHS = 8  # elements: equal axes, shapes and scalars are made one, weights that happen to be equal are not
 
@@ -51,7 +49,7 @@ def parse(path: Path) -> onnx.ModelProto:
 def check(proto: onnx.ModelProto, path: Path) -> None:
     """Raises SourceError with every reason why this file cannot be optimized."""
     problems = [*_opset_problems(proto), *_operator_problems(proto)]
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         problems += _tensor_problems(tensor, path)
     if problems:
         shown = [*problems[:_FEW], *([f"and {len(problems) - _FEW} more"] if len(problems) > _FEW else [])]
@@ -133,27 +131,6 @@ def opset(proto: onnx.ModelProto) -> int | None:
     return next((entry.version for entry in proto.opset_import if entry.domain in _STANDARD), None)
 
 
-def describe(proto: onnx.ModelProto, path: Path) -> dict[str, Any]:
-    """What is in the file, as it is: no conversion, and no complaint."""
-    graph = proto.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    files = sorted({place for tensor in _tensors(proto) if (place := _external(tensor).get("location"))})
-    beside = [path.parent / file for file in files if (path.parent / file).is_file()]
-    return {
-        "bytes": path.stat().st_size + sum(file.stat().st_size for file in beside),
-        "external_data": files,
-        "ir_version": proto.ir_version,
-        "opset": opset(proto),
-        "producer": f"{proto.producer_name} {proto.producer_version}".strip(),
-        "inputs": [_value(value) for value in graph.input if value.name not in weights],
-        "outputs": [_value(value) for value in graph.output],
-        "nodes": len(graph.node),
-        "operators": dict(sorted(Counter(map(_operator, graph.node)).items())),
-        "parameters": sum(_size(tensor) for tensor in weights.values()),
-        "layers": _layers(graph),
-    }
-
-
 def _opset_problems(proto: onnx.ModelProto) -> Iterator[str]:
     found = opset(proto)
     if found is None or not OLDEST_OPSET <= found <= OPSET:
@@ -169,7 +146,7 @@ def _operator_problems(proto: onnx.ModelProto) -> Iterator[str]:
         if (node.domain, node.op_type) in functions:
             continue
         if node.domain not in _STANDARD or not onnx.defs.has(node.op_type, min(version, OPSET)):
-            custom[_operator(node)] += 1
+            custom[operator(node)] += 1
     if custom:
         found = ", ".join(f"{count} {name}" for name, count in sorted(custom.items()))
         yield (
@@ -187,7 +164,7 @@ def _tensor_problems(tensor: onnx.TensorProto, path: Path) -> Iterator[str]:
         yield from _external_problems(name, tensor, path)
         return
     try:
-        expected = _bytes(tensor)
+        expected = stored_bytes(tensor)
     except (KeyError, ValueError):
         yield f"{name}: expected a tensor type of the standard, found number {tensor.data_type}"
         return
@@ -196,7 +173,7 @@ def _tensor_problems(tensor: onnx.TensorProto, path: Path) -> Iterator[str]:
 
 
 def _external_problems(name: str, tensor: onnx.TensorProto, path: Path) -> Iterator[str]:
-    entries = _external(tensor)
+    entries = external(tensor)
     location, folder = entries.get("location", ""), path.parent.resolve()
     file = folder / location
     if not location or Path(location).is_absolute() or not file.resolve().is_relative_to(folder):
@@ -207,8 +184,8 @@ def _external_problems(name: str, tensor: onnx.TensorProto, path: Path) -> Itera
         return
     try:
         offset = int(entries.get("offset", 0))
-        length = int(entries.get("length", _bytes(tensor)))
-        wanted = _bytes(tensor)
+        length = int(entries.get("length", stored_bytes(tensor)))
+        wanted = stored_bytes(tensor)
     except (KeyError, ValueError):
         yield f"{name}: expected an offset and a length of its external data, found {entries}"
         return
@@ -230,7 +207,7 @@ def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
                 waiting += attribute.graphs
 
 
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     yield from proto.graph.initializer
     for node in _nodes(proto):
         for attribute in node.attribute:
@@ -241,65 +218,22 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 yield from graph.initializer
 
 
-def _external(tensor: onnx.TensorProto) -> dict[str, str]:
+def external(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _size(tensor: onnx.TensorProto) -> int:
+def elements(tensor: onnx.TensorProto) -> int:
     size = 1
     for dim in tensor.dims:
         size *= dim
     return size
 
 
-def _bytes(tensor: onnx.TensorProto) -> int:
+def stored_bytes(tensor: onnx.TensorProto) -> int:
     if any(dim < 0 for dim in tensor.dims):
         raise ValueError(tensor.name)
-    return -(-_size(tensor) * ir.DataType(tensor.data_type).bitwidth // 8)
+    return -(-elements(tensor) * ir.DataType(tensor.data_type).bitwidth // 8)
 
 
-def _operator(node: onnx.NodeProto) -> str:
+def operator(node: onnx.NodeProto) -> str:
     return node.op_type if node.domain in _STANDARD else f"{node.domain}::{node.op_type}"
-
-
-def _value(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    kind = value.type.WhichOneof("value")
-    if kind != "tensor_type":
-        return {"name": value.name, "dtype": kind, "shape": None}
-    tensor = value.type.tensor_type
-    dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim]
-    known = tensor.elem_type in ir.DataType.__members__.values()
-    dtype = ir.DataType(tensor.elem_type).name.lower() if known else str(tensor.elem_type)
-    return {"name": value.name, "dtype": dtype, "shape": dims if tensor.HasField("shape") else None}
-
-
-def _layers(graph: onnx.GraphProto) -> list[dict[str, Any]]:
-    """Groups of equally named layers, encoder.layer.0, encoder.layer.1 ..., by the first number in a name.
-
-    A weight without such a name of its own belongs to the first node that reads it.
-    """
-    numbers: dict[str, set[int]] = {}
-    nodes: Counter[str] = Counter()
-    parameters: Counter[str] = Counter()
-    left = {tensor.name: _size(tensor) for tensor in graph.initializer}
-
-    def group(name: str) -> str | None:
-        match = _LAYER.match(name)
-        if match is None:
-            return None
-        prefix = match[1].replace("/", ".")
-        numbers.setdefault(prefix, set()).add(int(match[2]))
-        return prefix
-
-    for name, size in list(left.items()):
-        if (prefix := group(name)) is not None:
-            parameters[prefix] += size
-            del left[name]
-    for node in graph.node:
-        if (prefix := group(node.name)) is not None:
-            nodes[prefix] += 1
-            parameters[prefix] += sum(left.pop(name, 0) for name in node.input)
-    return [
-        {"name": name, "count": len(found), "nodes": nodes[name], "parameters": parameters[name]}
-        for name, found in sorted(numbers.items())
-    ]

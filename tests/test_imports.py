@@ -33,7 +33,7 @@ EXPORTER = f"{CALIBRATION} txopt.exporter torch transformers safetensors tokeniz
 ANY_OF_OURS = "txopt.runtime txopt.calibration txopt.exporter txopt.cli benchmarks"
 
 # The longest matching path decides.
-FRONT = "txopt.console txopt.summary txopt.demonstration txopt.benchmarks"
+FRONT = "txopt.console txopt.inspection txopt.page txopt.summary txopt.demonstration txopt.benchmarks"
 RULES = {
     "runtime": rule(RUNTIME, RUNTIME_LAZILY),
     "runtime/backends/ort.py": rule(f"{RUNTIME} onnxruntime", RUNTIME_LAZILY),
@@ -44,6 +44,7 @@ RULES = {
     "src/txopt/__init__.py": rule("", ANY_OF_OURS),
     "src/txopt": rule("txopt.runtime.errors typer rich click", f"{ANY_OF_OURS} {FRONT} numpy torch"),
     "src/txopt/summary.py": rule("txopt.runtime"),
+    "src/txopt/page": rule("txopt.runtime txopt.page txopt.summary", "jinja2"),
     "src/txopt/demonstration.py": rule("txopt.console txopt.runtime.errors", f"{ANY_OF_OURS} {FRONT} torch"),
     "benchmarks": rule(f"{ANY_OF_OURS} txopt.benchmarks numpy typer rich", "torch transformers"),
 }

@@ -31,7 +31,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected() -> set[str]:
     """Every file of the package, as a wheel names it."""
-    own = {f"txopt/{file.name}" for file in (ROOT / "src/txopt").iterdir() if file.is_file()}
+    package = ROOT / "src/txopt"
+    page = {f"txopt/page/{file.name}" for file in (package / "page").iterdir() if file.is_file()}
+    own = {f"txopt/{file.name}" for file in package.iterdir() if file.is_file()} | page
     linked = (file.relative_to(ROOT) for folder in LINKED for file in (ROOT / folder).rglob("*.py"))
     return own | {f"txopt/{file.as_posix()}" for file in linked}
 

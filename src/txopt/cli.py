@@ -154,23 +154,19 @@ def run(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="an artifact's directory, or any .onnx file")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write a page to look at: the graph by layers")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a page that is at FILE")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Show what is in an artifact or a .onnx file: sizes, operators, what was (or would be) fused, what not and why."""
     console = _console(quiet, verbose, as_json)
-    if path.suffix == ".onnx" and not path.is_dir():
-        from txopt.exporter import foreign
-        from txopt.summary import of_onnx
+    from txopt.inspection import inspect as look
 
-        document = foreign.inspect(path)
-        console.result(document, of_onnx(document))
-        return
-    from txopt.runtime.artifact import Artifact
-    from txopt.summary import of_artifact
-
-    console.result(*of_artifact(Artifact.open(path)))
+    console.result(*look(path, html=html, overwrite=overwrite))
 
 
 @app.command()

@@ -14,7 +14,7 @@ def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
     lines = [
         f"{artifact.path}: {manifest.family} ({manifest.kind}, {manifest.task}), {manifest.precision} for {manifest.target}",
         f"  {total / 1e6:.1f} MB in {len(sizes)} files: "
-        + ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()),
+        + ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items()),
     ]
     for name, fused in manifest.fusion.items():
         nodes = fused["nodes"]
@@ -56,15 +56,13 @@ def of_onnx(document: dict[str, Any]) -> str:
     weights = f", with {', '.join(document['external_data'])}" if document["external_data"] else ""
     lines = [
         f"{document['path']}: opset {document['opset']}, {document['nodes']} nodes, by {document['producer'] or 'nobody named'}",
-        f"  {document['parameters']:,} parameters, {_size(document['bytes'])}{weights}",
+        f"  {document['parameters']:,} parameters, {megabytes(document['bytes'])}{weights}",
     ]
     for kind in ("inputs", "outputs"):
         lines += [
             f"  {kind[:-1]} {value['name']}: {value['dtype']} {_shape(value['shape'])}" for value in document[kind]
         ]
-    for layer in document["layers"]:
-        held = f"{layer['nodes']} nodes, {layer['parameters']:,} parameters"
-        lines.append(f"  {layer['count']} of {layer['name']}: {held} together")
+    lines += _layers(document["layers"])
     lines.append("  operators: " + ", ".join(f"{count} {name}" for name, count in document["operators"].items()))
     if document["problem"] is not None:
         return "\n".join(
@@ -81,12 +79,39 @@ def of_optimized(document: dict[str, Any]) -> str:
     error, allowed = f"{parity['largest_error']:.1e}", f"{parity['tolerance']:.0e}"
     lines = [
         f"{document['path']}: {document['nodes_before']} nodes of opset {document['opset']} became {document['nodes_after']}",
-        "  " + ", ".join(f"{name} {_size(size)}" for name, size in sizes.items()),
+        "  " + ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items()),
         *_fusions(document["fusions"], "fused"),
         f"  verified against {document['source']} at {where}: largest error {error} (allowed {allowed})",
         *([f"    no answer of the original at {'; '.join(refused)}"] if refused else []),
     ]
     return "\n".join(lines)
+
+
+def _layers(layers: list[dict[str, Any]]) -> list[str]:
+    """Layers that hold the same, one line for a run of them; none where all of the graph is in no layer."""
+    runs: list[list[dict[str, Any]]] = []
+    for layer in layers:
+        if runs and layer["name"] is not None and _follows(layer, runs[-1][-1]):
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    lines = [] if [layer["name"] for layer in layers] == [None] else [_run(run) for run in runs]
+    more = [f"  and {len(lines) - _MOST_RUNS} more such lines"] if len(lines) > _MOST_RUNS else []
+    return lines[:_MOST_RUNS] + more
+
+
+def _follows(layer: dict[str, Any], other: dict[str, Any]) -> bool:
+    if other["name"] is None or any(layer[key] != other[key] for key in ("nodes", "parameters", "bytes")):
+        return False
+    (stack, _, number), (before, _, last) = layer["name"].rpartition("."), other["name"].rpartition(".")
+    return stack == before and int(number) == int(last) + 1
+
+
+def _run(run: list[dict[str, Any]]) -> str:
+    first, last = run[0], run[-1]
+    name = "in no layer" if first["name"] is None else first["name"]
+    names, each = (f"{name} to {last['name'].rpartition('.')[2]}", " each") if len(run) > 1 else (name, "")
+    return f"  {names}: {first['nodes']} nodes, {first['parameters']:,} parameters, {megabytes(first['bytes'])}{each}"
 
 
 def _sizes(sizes: dict[str, int]) -> str:
@@ -106,6 +131,7 @@ def _shape(shape: list[Any] | None) -> str:
     return f"[{','.join(map(str, shape))}]" if shape is not None else "of no known shape"
 
 
+_MOST_RUNS = 40
 _HEADLINES = ("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm")
 
 
@@ -118,5 +144,8 @@ def _parity_line(certificate: dict[str, Any]) -> str:
     )
 
 
-def _size(size: int) -> str:
+def megabytes(size: int) -> str:
+    """``size`` bytes for people: "81.9 MB", "3.3 kB", "64 bytes"."""
+    if size < 1000:
+        return f"{size} bytes"
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"

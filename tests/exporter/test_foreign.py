@@ -356,7 +356,10 @@ def test_inspect_says_what_would_fuse_and_what_not_and_writes_nothing(tmp_path: 
         node.name = f"/encoder/layer.{index % 2}/{node.op_type}"
     document = foreign.inspect(saved(model, tmp_path))
     assert document["fusions"]["LayerNormalization"]["fused"] == 1
-    assert document["layers"] == [{"name": "encoder.layer", "count": 2, "nodes": 10, "parameters": 88 + 16 + 2}]
+    assert document["layers"] == [
+        {"name": "encoder.0", "nodes": 5, "parameters": 88 + 8, "bytes": 4 * (88 + 8)},
+        {"name": "encoder.1", "nodes": 5, "parameters": 8 + 2, "bytes": 4 * (8 + 2)},
+    ]
     assert document["inputs"] == [{"name": "ids", "dtype": "int64", "shape": ["batch", "length"]}]
     assert (document["opset"], document["nodes"], document["problem"]) == (13, 10, None)
     assert document["bytes"] == (tmp_path / "in.onnx").stat().st_size
