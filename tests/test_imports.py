@@ -47,6 +47,10 @@ RULES = {
     "src/txopt/page": rule("txopt.runtime txopt.page txopt.summary", "jinja2"),
     "src/txopt/demonstration.py": rule("txopt.console txopt.runtime.errors", f"{ANY_OF_OURS} {FRONT} torch"),
     "benchmarks": rule(f"{ANY_OF_OURS} txopt.benchmarks numpy typer rich", "torch transformers"),
+    "benchmarks/fused_speed.py": rule(
+        "txopt.exporter txopt.benchmarks numpy", "onnxruntime"
+    ),  # foreign files, as they are
+    "benchmarks/fusers.py": rule("txopt.exporter", "onnx onnx_ir onnxruntime onnxscript"),
 }
 OURS = [file for top in ("src", *RULES) for file in sorted((ROOT / top).rglob("*.py"))]
 CHECKED = sorted({file.relative_to(ROOT).as_posix() for file in OURS})

@@ -8,6 +8,7 @@ FAMILIES: tuple[Family, ...] = (
     t5.T5,
     bart.BART,
     bart.MBART,
+    bart.MVP,
     marian.MARIAN,
     marian.PEGASUS,
     m2m_100.M2M100,

@@ -51,4 +51,4 @@ def tabulate_bias(module: nn.Module) -> nn.Module:
     return module
 
 
-T5 = Family(name="t5", model_types=("t5",), hook=tabulate_bias)
+T5 = Family(name="t5", model_types=("t5", "mt5"), hook=tabulate_bias)

@@ -64,6 +64,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "t5-uneven": lambda: t.T5ForConditionalGeneration(
         t.T5Config(**{**_T5, "d_model": 48, "d_kv": 24, "num_heads": 5, "num_layers": 1, "num_decoder_layers": 3})
     ),
+    "mt5": lambda: t.MT5ForConditionalGeneration(t.MT5Config(**_T5)),
+    "mvp": lambda: t.MvpForConditionalGeneration(t.MvpConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "mbart": lambda: t.MBartForConditionalGeneration(t.MBartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "marian": lambda: t.MarianMTModel(

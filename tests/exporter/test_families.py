@@ -16,7 +16,7 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.model import Model
 from txopt.runtime.parity import verify
 
-TEXT = ("t5", "t5-gated", "bart", "mbart", "marian", "pegasus", "m2m_100")
+TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100")
 DECODERS = (*TEXT, "whisper", "trocr")
 Artifacts = Callable[[str], Artifact]
 Make = Callable[[str], Path]
@@ -49,7 +49,7 @@ def test_one_attention_a_block_and_one_scatter_a_buffer(name: str, artifacts: Ar
     assert "If" not in nodes
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-gated"])
+@pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5"])
 def test_decomposed_norms_leave_as_rms_normalization(name: str, artifacts: Artifacts) -> None:
     fusion = artifacts(name).manifest.fusion
     assert fusion["encoder"]["nodes"]["RMSNormalization"] == 5
