@@ -118,6 +118,7 @@ class CachelessSource(CustomSource):
         _check(module)
         super().__init__(Incremental(module.eval().requires_grad_(False)))
         self._whole = module
+        _tried_whole(module)
         mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
         ids = torch.full_like(mask, int(module.special_ids["eos_token_id"]))
         with torch.no_grad(), in_float32(self):
@@ -169,6 +170,26 @@ def _tried(module: Any, limit: int | None) -> tuple[int, int]:
     return int(memory.shape[-1]), int(logits.shape[-1])
 
 
+def _tried_whole(module: Any) -> None:
+    """A cacheless decode() for the shortest target and the longest: the reference asks for all that lie between.
+
+    Errors:
+        SourceError: it fails.
+    """
+    special = module.special_ids
+    ids = torch.full((1, 2), int(special["eos_token_id"]))
+    for length in (1, module.max_length):
+        tokens = torch.full((1, length), int(special["decoder_start_token_id"]))
+        try:
+            with torch.no_grad():
+                module.decode(tokens, module.encode(ids, torch.ones_like(ids)), torch.ones_like(ids))
+        except Exception as err:  # whatever a stranger's code raises
+            raise SourceError(
+                f"decode(tokens, memory, memory_mask) fails for {length} of at most {module.max_length} tokens: "
+                f"{type(err).__name__}: {err}"
+            ) from err
+
+
 def _check(module: Any) -> None:
     problems = []
     if not isinstance(module, nn.Module):
@@ -183,7 +204,7 @@ def _check(module: Any) -> None:
     if limit is not None and (not isinstance(limit, int) or limit < 2):
         problems.append(f"max_length must be a number of at least 2, or absent, got {limit!r}")
     if problems:
-        raise SourceError(explain("this is no custom encoder-decoder (see docs/custom.md):", problems))
+        raise SourceError(explain("this is no custom encoder-decoder (see docs/custom-models.md):", problems))
 
 
 def _source_vocabulary(module: nn.Module) -> int:
