@@ -6,6 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
+THIRDPARTY := tests/thirdparty/requirements.txt
 
 .PHONY: demo test lint pytest clean
 
@@ -32,9 +33,10 @@ clean:
 	$(INSTALL) -e '.[export]'
 	touch $@
 
-.venv/.installed-test: $(INPUTS) | $(BIN)/python
+.venv/.installed-test: $(INPUTS) $(THIRDPARTY) | $(BIN)/python
 	$(INSTALL) torch
 	$(INSTALL) -e '.[export,audio,image,test]'
+	$(INSTALL) --no-deps -r $(THIRDPARTY)
 	touch .venv/.installed-demo $@
 
 $(BIN)/python:

@@ -1,6 +1,7 @@
 """What a module of one's own says of itself: read once, every problem with it told at once.
 
-Owns the types and ranges of the attributes that docs/custom.md lists. Whether they are true, a trial call tells (custom_source.py).
+Owns the types and ranges of the attributes that docs/custom-models.md lists. Whether they are true, a trial call tells
+(custom_source.py).
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ def read(module: Any) -> CustomFacts:
     """The facts of ``module``.
 
     Raises:
-        SourceError: no nn.Module, methods or facts missing, or facts of another type than docs/custom.md says.
+        SourceError: no nn.Module, methods or facts missing, or facts of another type than docs/custom-models.md says.
     """
     problems = []
     if not isinstance(module, nn.Module):
@@ -59,7 +60,7 @@ def read(module: Any) -> CustomFacts:
         if value is not None and not _is_whole(value, _LEAST_POSITIONS):
             problems.append(f"{name} must be a number of at least {_LEAST_POSITIONS}, or absent, got {value!r}")
     if problems:
-        raise SourceError(explain("this is no custom encoder-decoder (see docs/custom.md):", problems))
+        raise SourceError(explain("this is no custom encoder-decoder (see docs/custom-models.md):", problems))
     ids = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in special.items()}
     return CustomFacts(special_ids=ids, limit=limit, source_limit=source_limit, source_vocabulary=vocabulary)
 

@@ -121,6 +121,7 @@ class CachelessSource(CustomSource):
         custom_facts.read(module)  # before its decode() is made a graph, whose errors would hide what is wrong here
         super().__init__(Incremental(module.eval().requires_grad_(False)))
         self._whole = module
+        _tried_whole(module, self.facts)
         mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])[:, : self.facts.source_limit]
         ids = torch.full_like(mask, self.facts.source_vocabulary - 1)
         with torch.no_grad(), in_float32(self):
@@ -171,7 +172,9 @@ def _tried(module: Any, facts: CustomFacts) -> tuple[int, int]:
         if each >= vocabulary
     ]
     if problems:
-        raise SourceError(explain("this encoder-decoder cannot generate step by step (see docs/custom.md):", problems))
+        raise SourceError(
+            explain("this encoder-decoder cannot generate step by step (see docs/custom-models.md):", problems)
+        )
     return int(memory.shape[-1]), vocabulary
 
 
@@ -189,7 +192,7 @@ def _check_source_ids(module: Any, facts: CustomFacts, mask: Tensor) -> None:
         except Exception as err:  # whatever a stranger's code raises
             problems.append(f"{promise}; id {last} fails: {type(err).__name__}: {err}")
     if problems:
-        raise SourceError(explain("encode() does not take the source's ids (see docs/custom.md):", problems))
+        raise SourceError(explain("encode() does not take the source's ids (see docs/custom-models.md):", problems))
 
 
 @contextmanager
@@ -210,3 +213,17 @@ def _check_shape(name: str, value: Any, expected: tuple[int, int], width: str) -
         return
     found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     raise SourceError(f"{name}() must return a tensor [{expected[0]},{expected[1]},{width}], got {found}")
+
+
+def _tried_whole(module: Any, facts: Facts) -> None:
+    """Raises SourceError where decode() fails for the shortest target or the longest: the reference asks for all between."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    for length in (1, facts.limit or 2):
+        tokens = torch.full((1, length), int(facts.generation["decoder_start_token_id"]))
+        try:
+            with torch.no_grad():
+                module.decode(tokens, module.encode(ids, torch.ones_like(ids)), torch.ones_like(ids))
+        except Exception as err:  # whatever a stranger's code raises
+            raise SourceError(
+                f"decode(tokens, memory, memory_mask) fails for {length} of at most {facts.limit} tokens: {type(err).__name__}: {err}"
+            ) from err

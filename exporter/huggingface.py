@@ -224,7 +224,7 @@ def _check_architecture(architecture: Any, family: Family, config: Any) -> None:
         raise SourceError(
             f"config.json has a decoder of model_type {decoder.model_type!r}"
             f"{'' if crosses else ', and without cross-attention (add_cross_attention: false)'}: a {family.name} is supported "
-            f"with {' or '.join(family.decoders)}; other decoders go through the custom door (docs/custom.md)"
+            f"with {' or '.join(family.decoders)}; other decoders go through the custom door (docs/custom-models.md)"
         )
 
 
@@ -329,7 +329,7 @@ def _attribute(config: Any, path: str) -> int:
         elif not hasattr(value, name):
             raise SourceError(
                 f"config.json has no {path}, a size that txopt needs; a model of another kind goes through the custom door "
-                "(docs/custom.md)"
+                "(docs/custom-models.md)"
             )
         else:
             value = getattr(value, name)

@@ -13,7 +13,6 @@ Knows PyTorch operators, no model and no ONNX. The proof of the whole is parity 
 
 import operator
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -21,43 +20,11 @@ from torch import Tensor, fx, nn
 
 from txopt.exporter import written_attention
 from txopt.exporter.custom import DecodeCache
-from txopt.exporter.plain import plain_modules
+from txopt.exporter.decoder_graph import SIZE, Kind, call, graph_of, kinds_of, place
+from txopt.exporter.source_mask import MASKED, Constant, constant, is_padding
 from txopt.runtime.errors import SourceError
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_SIZE = torch.ops.aten.sym_size.int
-_BY_SHAPE_ALONE = (
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-)
-_MASKED = -1e4  # an additive mask at or below this lets nothing through
-
-
-class Kind(Enum):
-    """What a node's value depends on."""
-
-    CONSTANT = "nothing that is given"
-    LENGTH = "the target's length alone"
-    SOURCE = "the source"
-    TOKENS = "the target's tokens"
-
-
-class FullDecoder(nn.Module):
-    """decode() of a module, as the one call that is made a graph."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-        logits: Tensor = self.module.decode(tokens, memory, memory_mask)
-        return logits
 
 
 class Incremental(nn.Module):
@@ -82,13 +49,15 @@ class Incremental(nn.Module):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))
         self.graph = graph_of(module)
-        kinds = _kinds(self.graph.graph)
+        kinds = kinds_of(self.graph.graph)
         written_attention.fuse(self.graph.graph, lambda node: kinds[node] is Kind.TOKENS)
         self.nodes = [node for node in self.graph.graph.nodes if node.op in ("get_attr", "call_function", "output")]
         self.tokens, self.memory, self.mask = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
-        self.kinds = _kinds(self.graph.graph)
+        self.kinds = kinds_of(self.graph.graph)
         self.tables = self._tables()
-        self.registered = nn.ModuleList(self.tables.values())
+        self.constants = self._constants()
+        self._padding: dict[fx.Node | None, bool] = {}
+        self.registered = nn.ModuleList([*self.tables.values(), *self.constants.values()])
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         memory: Tensor = self.module.encode(input_ids, attention_mask)
@@ -101,7 +70,28 @@ class Incremental(nn.Module):
         """A table for every value that depends on the length alone and meets the tokens."""
         longest, shorter = (self._by_length(length) for length in (self.max_length, self.max_length - 1))
         met = [node for node in longest if any(self.kinds[user] is Kind.TOKENS for user in node.users)]
-        return {node: Table(node, longest[node], shorter[node]) for node in met}
+        tables = {node: Table(node, longest[node], shorter[node]) for node in met}
+        for node, table in tables.items():
+            for user in node.users:
+                if self.kinds[user] is Kind.TOKENS and user.target is not ATTENTION:
+                    table.prepare(*_rank_and_rows(user, self.tokens))
+        return tables
+
+    def _constants(self) -> dict[fx.Node, Constant]:
+        """The number behind every value of the source that meets the tokens outside of an attention."""
+        found = {}
+        for node in self.nodes:
+            met = [user for user in node.users if self.kinds[user] is Kind.TOKENS and user.target is not ATTENTION]
+            if not met or node.op == "get_attr" or not self.kinds[node].of_source or not _is_tensor(node):
+                continue
+            number = constant(self.graph, node) if self.kinds[node] is Kind.PADDING else None
+            if number is None:
+                raise SourceError(
+                    f"{place(met[0])} joins the source and the target outside of an attention; a decoder may look at the source "
+                    "by attention alone"
+                )
+            found[node] = number
+        return found
 
     def _by_length(self, length: int) -> dict[fx.Node, Tensor]:
         """The tensors that depend on the length alone, for one row of this length."""
@@ -118,6 +108,13 @@ class Incremental(nn.Module):
                     values[node] = call(node, values)
         return {n: v for n, v in values.items() if self.kinds[n] is Kind.LENGTH and isinstance(v, Tensor)}
 
+    def masks_padding(self, mask: fx.Node | None) -> bool:
+        """Whether a mask of cross-attention is the source's padding; asked once for each."""
+        if mask not in self._padding:
+            of_source = mask is not None and self.kinds[mask] in (Kind.PADDING, Kind.LENGTH, Kind.CONSTANT)
+            self._padding[mask] = of_source and is_padding(self.graph, mask)
+        return self._padding[mask]
+
     def parameter(self, node: fx.Node) -> Any:
         """What a get_attr node names."""
         return operator.attrgetter(str(node.target))(self.graph)
@@ -133,7 +130,7 @@ class Table(nn.Module):
 
     def __init__(self, node: fx.Node, longest: Tensor, shorter: Tensor) -> None:
         super().__init__()
-        self.node = node
+        self.node, self._orders = node, dict[tuple[int, int], list[int]]()
         self.register_buffer("value", longest, persistent=False)
         self.axes = [axis for axis, (a, b) in enumerate(zip(longest.shape, shorter.shape, strict=True)) if a != b]
         prefix = longest
@@ -143,25 +140,34 @@ class Table(nn.Module):
             raise SourceError(
                 f"{place(node)} is something else for every length of the target: one more token changes what was"
             )
-        visible = longest if longest.dtype == torch.bool else longest > _MASKED
+        visible = longest if longest.dtype == torch.bool else longest > MASKED
         relates = self.axes == [longest.dim() - 2, longest.dim() - 1]
         self.sees_later = not relates or bool(visible.triu(1).any())
         plain = longest.dtype == torch.bool or not bool(longest[visible].any())
         self.is_causal_mask = relates and plain and torch.equal(visible, torch.ones_like(visible).tril())
 
-    def rows(self, positions: Tensor, rank: int, batch: int) -> Tensor:
-        """The value at ``positions`` [R,Q], broadcastable to ``rank`` axes of which ``batch`` is the rows'."""
-        if not self.axes:
-            return self.value
+    def prepare(self, rank: int, batch: int) -> None:
+        """Makes ``rows`` possible for values of ``rank`` axes of which ``batch`` is the rows': positions first, once and for all."""
+        if not self.axes or (rank, batch) in self._orders:
+            return
         if len(self.axes) > 1:
             raise SourceError(f"{place(self.node)} relates positions to each other outside of an attention")
         wide = self.value.reshape((1,) * (rank - self.value.dim()) + tuple(self.value.shape))
         axis = self.axes[0] + rank - self.value.dim()
         if axis == batch or wide.shape[batch] != 1:
             raise SourceError(f"{place(self.node)}: the rows of the batch cannot be told from its other axes")
-        found = wide.movedim((axis, batch), (0, 1)).squeeze(1)[positions]  # [R,Q, the other axes]
+        by_position = wide.movedim((axis, batch), (0, 1)).squeeze(1)  # [L, the other axes]
+        self.register_buffer(f"rows_{rank}_{batch}", by_position.contiguous(), persistent=False)
         others = [each for each in range(rank) if each not in (axis, batch)]
-        return found.permute(*([batch, axis, *others].index(each) for each in range(rank)))
+        self._orders[rank, batch] = [[batch, axis, *others].index(each) for each in range(rank)]
+
+    def rows(self, positions: Tensor, rank: int, batch: int) -> Tensor:
+        """The value at ``positions`` [R,Q], broadcastable to ``rank`` axes of which ``batch`` is the rows'."""
+        if not self.axes:
+            return self.value
+        found: Tensor = getattr(self, f"rows_{rank}_{batch}")[positions]  # [R,Q, the other axes]
+        order = self._orders[rank, batch]
+        return found if order == sorted(order) else found.permute(*order)
 
 
 class Step:
@@ -181,9 +187,7 @@ class Step:
             if node.op == "get_attr":
                 self.values[node] = self._decoder.parameter(node)
             elif kinds[node] is Kind.TOKENS:
-                self.values[node] = (
-                    self._attend(node) if node.target is ATTENTION else call(node, _Arguments(self, node))
-                )
+                self.values[node] = self._attend(node) if node.target is ATTENTION else self._compute(node)
         raise AssertionError("a graph ends with its output")
 
     def _compute(self, node: fx.Node) -> Any:
@@ -196,7 +200,7 @@ class Step:
     def value(self, node: fx.Node) -> Any:
         """A node's value, computed where it is not there yet: constants, sizes, and what the source gives."""
         if node not in self.values:
-            self.values[node] = self._size(node) if node.target is _SIZE else call(node, _Arguments(self, node))
+            self.values[node] = self._size(node) if node.target is SIZE else call(node, _Arguments(self, node))
         return self.values[node]
 
     def _size(self, node: fx.Node) -> int:
@@ -209,7 +213,11 @@ class Step:
     def met(self, node: fx.Node, user: fx.Node) -> Any:
         """``node`` as ``user`` takes it: a table gives the rows of these positions."""
         table = self._decoder.tables.get(node)
-        if table is None or self._decoder.kinds[user] is not Kind.TOKENS:
+        if self._decoder.kinds[user] is not Kind.TOKENS:
+            return self.value(node)
+        if node in self._decoder.constants:
+            return self._decoder.constants[node].value
+        if table is None:
             return self.value(node)
         rank, batch = _rank_and_rows(user, self._decoder.tokens)
         return table.rows(self._cache.positions, rank, batch)
@@ -223,6 +231,11 @@ class Step:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         key, value, mask = given["key"], given["value"], given.get("attn_mask")
         if kinds[key] is Kind.SOURCE and kinds[value] is Kind.SOURCE:
+            if not self._decoder.masks_padding(mask):
+                raise SourceError(
+                    f"{place(node)}: expected cross-attention to mask the source's padding and nothing else; what it masks here "
+                    "is not that, and the runtime could not know it"
+                )
             layer = self._next("cross")
             return self._cache.cross_attention(layer, query, lambda: (self.value(key), self.value(value)), scale=scale)
         if kinds[key] is not Kind.TOKENS or kinds[value] is not Kind.TOKENS:
@@ -269,68 +282,14 @@ class _Arguments(Mapping[fx.Node, Any]):
         return len(self._user.all_input_nodes)
 
 
-def graph_of(module: Any) -> fx.GraphModule:
-    """decode() as a graph of PyTorch operators over any batch, target and source length."""
-    batch, source = (torch.export.Dim(name, min=1, max=1 << 16) for name in ("B", "T"))
-    length = torch.export.Dim("L", min=1, max=module.max_length)
-    ids = torch.ones(2, 5 if module.max_length > 5 else 2, dtype=torch.int64)
-    try:
-        with torch.no_grad(), plain_modules():
-            longest = getattr(module, "max_source_length", None) or module.max_length
-            mask = torch.ones(2, min(7, longest), dtype=torch.int64)
-            memory = module.encode(torch.zeros_like(mask), mask)
-            shapes = ({0: batch, 1: length}, {0: batch, 1: source}, {0: batch, 1: source})
-            program = torch.export.export(FullDecoder(module.eval()), (ids, memory, mask), dynamic_shapes=shapes)
-    except Exception as err:  # torch raises a dozen kinds, with pages of text
-        reason = str(err).strip().split("\n")[0]
-        raise SourceError(
-            f"decode(tokens, memory, memory_mask) cannot be made a graph: {reason}; control flow on the values of tensors and "
-            "fixed lengths are the usual causes; the explicit protocol of docs/custom.md takes a cache instead"
-        ) from err
-    found: Any = program.module()
-    for node in [node for node in found.graph.nodes if node.op == "call_module"]:
-        found.graph.erase_node(node)  # checks of the lengths, which a step does not have
-    return fx.GraphModule(found, found.graph)  # a plain one: that of an exported program refuses eval()
-
-
-def place(node: fx.Node) -> str:
-    """Where a node comes from, as a person finds it: module path and operator."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]).removeprefix("L['self'].").removeprefix("module.") if stack else ""
-    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-    return f"node {node.name} ({name}{f' in {path}' if path else ''})"
-
-
-def _kinds(graph: fx.Graph) -> dict[fx.Node, Kind]:
-    tokens, memory, mask = [node for node in graph.nodes if node.op == "placeholder"]
-    kinds = {tokens: Kind.TOKENS, memory: Kind.SOURCE, mask: Kind.SOURCE}
-    for node in graph.nodes:
-        if node in kinds:
-            continue
-        if node.target is _SIZE:
-            kinds[node] = Kind.LENGTH if node.args[0] is tokens else Kind.SOURCE
-            continue
-        by_shape = getattr(node.target, "__name__", "").partition(".")[0] in _BY_SHAPE_ALONE
-        found = {kinds[each] for each in node.all_input_nodes}
-        if Kind.TOKENS in found and not by_shape:
-            kinds[node] = Kind.TOKENS
-        elif Kind.SOURCE in found:
-            kinds[node] = Kind.SOURCE
-        else:
-            kinds[node] = Kind.LENGTH if found - {Kind.CONSTANT} else Kind.CONSTANT
-    return kinds
-
-
-def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    arguments = fx.map_arg(node.args, values.__getitem__)
-    named = fx.map_arg(node.kwargs, values.__getitem__)
-    assert callable(node.target)
-    return node.target(*arguments, **named)
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _rank_and_rows(user: fx.Node, tokens: fx.Node) -> tuple[int, int]:
     """Rank of what ``user`` makes, and its axis of rows: the one whose length is the tokens' batch."""
-    shape = user.meta["val"].shape
+    made = user.meta["val"]
+    shape = (made[0] if isinstance(made, (list, tuple)) else made).shape
     rows = tokens.meta["val"].shape[0]
     axes = [axis for axis, size in enumerate(shape) if str(size) == str(rows)]
     if len(axes) != 1:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from txopt.exporter.cache import KV, DecodeState
-from txopt.exporter.incremental import Incremental, Kind, Step, call, place
+from txopt.exporter.decoder_graph import Kind, call, place
+from txopt.exporter.incremental import Incremental, Step
 from txopt.runtime.errors import SourceError
 
 LENGTH = 6

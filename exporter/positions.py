@@ -42,7 +42,7 @@ def read_by_row(traced: nn.Module, known: tuple[Positions, ...]) -> None:
         expected = " or ".join(f"{positions.path}.{positions.weight}" for positions in known)
         raise SourceError(
             f"the decoder's table of positions: expected it at {expected}, found nothing there; "
-            "a decoder of another kind goes through the custom door (docs/custom.md)"
+            "a decoder of another kind goes through the custom door (docs/custom-models.md)"
         )
 
 

@@ -211,13 +211,30 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object
         reason = str(err.__cause__ or err).strip().split("\n")[0]
         raise SourceError(
             f"torch cannot trace this model to {spec.file}: {reason}; control flow on the values of tensors is the usual cause "
-            "(docs/custom.md)"
+            "(docs/custom-models.md)"
         ) from err
     if program is None:
         raise SourceError("torch.onnx.export returned nothing")
     model = clean(program.model)
+    _check_axes(model, spec)
     name_axes(model, {item.name: item.axes for item in (*spec.inputs, *spec.outputs)})
     return model
+
+
+def _check_axes(model: ir.Model, spec: GraphSpec) -> None:
+    """torch.onnx.export fixes what a model's code fixes, and goes on: such a graph would serve the example's sizes alone."""
+    axes = {item.name: item.axes for item in spec.inputs}
+    fixed = [
+        f"{value.name}: {axis} = {dim}"
+        for value in model.graph.inputs
+        for axis, dim in zip(axes[str(value.name)], value.shape or (), strict=True)
+        if isinstance(axis, str) and isinstance(dim, int)
+    ]
+    if fixed:
+        raise SourceError(
+            f"the model's code fixes sizes of {spec.file} to those of the example ({'; '.join(fixed)}): int() of a size does that, "
+            "and so do libraries that call it (docs/custom-models.md)"
+        )
 
 
 @contextlib.contextmanager

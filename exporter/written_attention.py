@@ -2,10 +2,12 @@
 
     q -> [Mul/Div number] -> matmul(k^T) -> {Mul/Div number, masked_fill, where, + bias} -> softmax -> matmul(v)
 
-becomes scaled_dot_product_attention, with the numbers as its scale and everything masked or added as its mask. Left as it is: a
-softmax over another axis, a number that multiplies masks too, inner results that something else reads, masks of two kinds at once.
+becomes scaled_dot_product_attention, with the numbers as its scale and everything masked or added as its mask. Either product may
+be an einsum. Left as it is: a softmax over another axis, a number that multiplies
+masks too, inner results that something else reads.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from txopt.exporter import einsum
+from txopt.exporter.einsum import made
+
 _aten = torch.ops.aten
 _SOFTMAX = (_aten.softmax.int, _aten._softmax.default)
 _MATMUL = (_aten.matmul.default, _aten.bmm.default)
 _MULTIPLY = {_aten.mul.Tensor: 1, _aten.mul.Scalar: 1, _aten.div.Tensor: -1, _aten.div.Scalar: -1}
 _FILL = (_aten.masked_fill.Scalar, _aten.masked_fill_.Scalar)
+_SAME_VALUE = (_aten.to.dtype, _aten.type_as.default, _aten.contiguous.default, _aten.clone.default)
 _MASKED = -1e4
 
 
@@ -33,12 +39,8 @@ class _Scores:
 
 def fuse(graph: fx.Graph, of_tokens: Callable[[fx.Node], bool]) -> int:
     """Rewrites ``graph``; ``of_tokens`` says what depends on the tokens. Gives the number of attentions found."""
+    einsum.as_matmul(graph)
     found = 0
-    for dropout in [
-        node for node in graph.nodes if node.target is _aten.dropout.default
-    ]:  # that of eval(), which does nothing
-        dropout.replace_all_uses_with(dropout.args[0])
-        graph.erase_node(dropout)
     for softmax in [node for node in graph.nodes if node.target in _SOFTMAX]:
         axis, rank = softmax.args[1], len(softmax.meta["val"].shape)
         last = _product(softmax)
@@ -46,8 +48,6 @@ def fuse(graph: fx.Graph, of_tokens: Callable[[fx.Node], bool]) -> int:
         if axis not in (-1, rank - 1) or rank != 4 or last is None or match is None:
             continue
         q, k, scores = match
-        if bool(scores.hidden) + bool(scores.visible) + bool(scores.added) > 1:
-            continue
         with graph.inserting_before(last):
             mask = _mask(graph, scores)
             arguments = (q, k, last.args[1], mask, 0.0, False)
@@ -68,7 +68,7 @@ def _product(softmax: fx.Node) -> fx.Node | None:
         (user,) = node.users
         if user.target in _MATMUL and user.args[0] is node:
             return user
-        if user.target not in (_aten.to.dtype, _aten.type_as.default, _aten.contiguous.default):
+        if user.target not in _SAME_VALUE:
             return None
         node = user
     return None
@@ -87,6 +87,9 @@ def _scores(node: Any, of_tokens: Callable[[fx.Node], bool]) -> tuple[fx.Node, f
         if node.target in _MULTIPLY and _number(node.args[1]):
             found.scale *= float(node.args[1]) ** _MULTIPLY[node.target]  # type: ignore[arg-type]
             node, scaled = node.args[0], True
+            continue
+        if node.target in _SAME_VALUE:
+            node = node.args[0]
             continue
         if scaled:  # the number multiplies this mask, too
             return None
@@ -112,19 +115,20 @@ def _unmasked(node: fx.Node, found: _Scores, of_tokens: Callable[[fx.Node], bool
 
 
 def _mask(graph: fx.Graph, scores: _Scores) -> fx.Node | None:
-    """One mask of all that were found, boolean or additive."""
-    seen = [_made(graph, _aten.logical_not.default, node) for node in scores.hidden] + scores.visible
-    operator, parts = (_aten.logical_and.default, seen) if seen else (_aten.add.Tensor, scores.added)
+    """One mask of all that were found: boolean, or additive where something is added."""
+    seen = [made(graph, _aten.logical_not.default, node) for node in scores.hidden] + scores.visible
+    visible = _joined(graph, _aten.logical_and.default, seen)
+    added = _joined(graph, _aten.add.Tensor, scores.added)
+    if visible is None or added is None:
+        return added if visible is None else visible
+    return made(graph, _aten.where.ScalarOther, visible, added, -math.inf)
+
+
+def _joined(graph: fx.Graph, operator: Any, parts: list[fx.Node]) -> fx.Node | None:
     mask = parts[0] if parts else None
     for part in parts[1:]:
-        mask = _made(graph, operator, mask, part)
+        mask = made(graph, operator, mask, part)
     return mask
-
-
-def _made(graph: fx.Graph, operator: Any, *arguments: Any) -> fx.Node:
-    node = graph.call_function(operator, arguments)
-    node.meta = dict(arguments[0].meta)
-    return node
 
 
 def _transposed(node: Any) -> fx.Node | None:

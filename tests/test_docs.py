@@ -44,7 +44,7 @@ def test_every_snippet_of_the_custom_page_runs(tmp_path: Path, monkeypatch: pyte
     threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     try:
-        _run("custom.md")
+        _run("custom-models.md")
     finally:
         torch.set_num_threads(threads)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from examples.g2p.data import Lexicon, Pronunciation, has_inflection, load_lexicon, take
 from examples.g2p.make_tokenizers import FOLDER
 from examples.g2p.model import G2P, factory
-from txopt.exporter.custom import FullSequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ def beam_search(model: G2P, input_ids: Tensor, attention_mask: Tensor, beams: in
     done = torch.zeros(batch * beams, dtype=torch.bool)
     first = torch.arange(batch)[:, None] * beams
     for _ in range(steps):
-        logits = model.decode(tokens, memory, FullSequence(tokens, mask))[:, -1]
+        logits = model.decode(tokens, memory, mask)[:, -1]
         gains = logits.log_softmax(-1)
         gains[done] = float("-inf")
         gains[done, pad] = 0.0  # what has ended goes on with padding, at no cost

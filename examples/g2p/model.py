@@ -1,22 +1,17 @@
 """The model: a Transformer encoder-decoder that reads letters and writes ARPAbet phonemes.
 
 This file owns the architecture and the loading of its weights, in plain PyTorch. It knows neither words nor phonemes,
-only ids, and it keeps no cache: ``decode`` asks whoever calls it for positions and for the two attentions.
+only ids, and it knows no cache: ``decode`` takes all tokens at once, in training and in use. txopt derives the rest.
 """
-
-from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-
-if TYPE_CHECKING:
-    from txopt.exporter.custom import DecodeCache
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
@@ -29,7 +24,7 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """The four projections of a multi-head attention; the attention itself lies with the caller."""
+    """Multi-head attention with four projections."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -39,18 +34,15 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+        """x [B,Q,M] attends to source [B,T,M] where mask, bool [..,Q or 1,T], is True -> [B,Q,M]."""
+        q, k, v = self.split(self.query(x)), self.split(self.key(source)), self.split(self.value(source))
+        out: Tensor = self.output(scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return out
+
     def split(self, x: Tensor) -> Tensor:
         """[B,Q,M] -> [B,H,Q,D]."""
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-
-    def merge(self, x: Tensor) -> Tensor:
-        """[B,H,Q,D] -> [B,Q,M], through the output projection."""
-        out: Tensor = self.output(x.transpose(1, 2).flatten(2))
-        return out
-
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B,T,M] -> twice [B,H,T,D]."""
-        return self.split(self.key(x)), self.split(self.value(x))
 
 
 def feed_forward(width: int, inner: int) -> nn.Sequential:
@@ -70,9 +62,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x [B,T,M], mask bool [B,1,1,T], True where a token is -> [B,T,M]."""
         y = self.attention_norm(x)
-        q = self.attention.split(self.attention.query(y))
-        y = scaled_dot_product_attention(q, *self.attention.keys_and_values(y), attn_mask=mask)
-        x = x + self.attention.merge(y)
+        x = x + self.attention(y, y, mask)
         x = x + self.feed_forward(self.feed_forward_norm(x))
         return x
 
@@ -80,9 +70,8 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm: self-attention, cross-attention, feed-forward, each added to what came in."""
 
-    def __init__(self, index: int, width: int, heads: int, inner: int) -> None:
+    def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
-        self.index = index
         self.self_attention_norm = nn.LayerNorm(width)
         self.self_attention = Attention(width, heads)
         self.cross_attention_norm = nn.LayerNorm(width)
@@ -90,21 +79,17 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = feed_forward(width, inner)
 
-    def forward(self, x: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
-        """x [R,Q,M], memory [B,T,M] -> [R,Q,M]."""
+    def forward(self, x: Tensor, memory: Tensor, causal: Tensor, mask: Tensor) -> Tensor:
+        """x [B,L,M], memory [B,T,M], causal bool [L,L], mask bool [B,1,1,T] -> [B,L,M]."""
         y = self.self_attention_norm(x)
-        q = self.self_attention.split(self.self_attention.query(y))
-        y = cache.self_attention(self.index, q, *self.self_attention.keys_and_values(y))
-        x = x + self.self_attention.merge(y)
-        q = self.cross_attention.split(self.cross_attention.query(self.cross_attention_norm(x)))
-        y = cache.cross_attention(self.index, q, lambda: self.cross_attention.keys_and_values(memory))
-        x = x + self.cross_attention.merge(y)
+        x = x + self.self_attention(y, y, causal)
+        x = x + self.cross_attention(self.cross_attention_norm(x), memory, mask)
         x = x + self.feed_forward(self.feed_forward_norm(x))
         return x
 
 
 class G2P(nn.Module):
-    """Letters in, phonemes out; see ``txopt.exporter.custom`` for the protocol it follows.
+    """Letters in, phonemes out; docs/custom-models.md says what txopt asks of it.
 
     Args:
         source_size: number of source ids (letters and special ids).
@@ -145,7 +130,7 @@ class G2P(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, inner) for _ in range(encoder_layers))
         self.encoder_norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleList(DecoderLayer(i, width, heads, inner) for i in range(decoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads, inner) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, target_size, bias=False)
         for embedding in (self.source_embedding, self.target_embedding):
@@ -169,20 +154,24 @@ class G2P(nn.Module):
         memory: Tensor = self.encoder_norm(x)
         return memory
 
-    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+    def decode(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
         """What may come after each token.
 
         Args:
-            tokens: int64 [R,Q], the first of a row being ``decoder_start_token_id``.
+            tokens: int64 [B,L], the first of a row being ``decoder_start_token_id``; L at most ``max_length``.
             memory: float [B,T,M], from ``encode``.
-            cache: positions and attentions.
+            memory_mask: int64 [B,T], the mask that ``encode`` was given.
 
         Returns:
-            Logits, float [R,Q,V].
+            Logits, float [B,L,V].
         """
-        x = self.dropout(self.target_embedding(tokens) * self.scale + self.position_table[cache.positions])
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=tokens.device)
+        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        mask = memory_mask.bool()[:, None, None, :]
+        x = self.dropout(self.target_embedding(tokens) * self.scale + self.position_table[positions])
         for layer in self.decoder:
-            x = layer(x, memory, cache)
+            x = layer(x, memory, causal, mask)
         logits: Tensor = self.head(self.decoder_norm(x))
         return logits
 

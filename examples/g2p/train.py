@@ -23,7 +23,6 @@ from examples.g2p.data import Lexicon, load_lexicon, take
 from examples.g2p.evaluate import pronounce, score
 from examples.g2p.make_tokenizers import FOLDER
 from examples.g2p.model import G2P, WEIGHTS
-from txopt.exporter.custom import FullSequence
 
 PAD = G2P.special_ids["pad_token_id"]
 START = G2P.special_ids["decoder_start_token_id"]
@@ -69,7 +68,7 @@ def batches(pairs: Pairs, size: int, generator: torch.Generator | None) -> Itera
 def loss_of(model: G2P, source: Tensor, target: Tensor, smoothing: float) -> Tensor:
     mask = (source != PAD).long()
     tokens, labels = target[:, :-1], target[:, 1:]
-    logits = model.decode(tokens, model.encode(source, mask), FullSequence(tokens, mask))
+    logits = model.decode(tokens, model.encode(source, mask), mask)
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD, label_smoothing=smoothing)
 
 

@@ -29,5 +29,5 @@ def find(model_type: str) -> Family:
     known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
     raise SourceError(
         f"no family knows model_type {model_type!r}; known: {known}. A module of your own goes through the custom door: "
-        "txopt export package.module:factory OUT (docs/custom.md)"
+        "txopt export package.module:factory OUT (docs/custom-models.md)"
     )

@@ -199,7 +199,7 @@ def _sizes(reshape: ir.Node) -> list[ir.Value | int] | None:
 def _rewrite(
     graph: ir.Graph, attention: ir.Node, pack: Pack, packed: dict[tuple[ir.Value | None, ...], ir.Value]
 ) -> None:
-    name = f"{(attention.name or '').rpartition('/')[0]}/QKV".lstrip("/")
+    name = f"{attention.name}/QKV"  # one folder may hold several attentions
     widths = [_width(projection.weight) for projection in pack]
     weight = _side_by_side(graph, _weights(pack), widths, packed)
     matmul = ir.node("MatMul", [pack[0].input, weight], name=name)

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from examples.g2p import model as model_module
 from examples.g2p.data import Lexicon, has_inflection, letters, load_lexicon, phonemes, split_of, take
@@ -17,7 +16,6 @@ from examples.g2p.evaluate import beam_search, edits, encode_words, pronounce, s
 from examples.g2p.make_tokenizers import FOLDER, source_tokenizer, target_tokenizer
 from examples.g2p.model import G2P, WEIGHTS, factory
 from examples.g2p.train import Pairs, batches, loss_of, make_pairs, rate, save
-from txopt.exporter.custom import CrossKV, FullSequence
 
 WORDS = ["cat", "it's", "pronunciation", "xylophone"]
 
@@ -45,33 +43,6 @@ def target() -> Tokenizer:
 @pytest.fixture(scope="module")
 def trained() -> G2P:
     return factory()
-
-
-class GrowingCache:
-    """A cache that a reader can check at a glance: tokens come in pieces, keys and values are appended."""
-
-    def __init__(self, attention_mask: Tensor) -> None:
-        self.positions = torch.empty(attention_mask.shape[0], 0, dtype=torch.long)
-        self.mask = attention_mask.bool()[:, None, None, :]
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.cross: dict[int, tuple[Tensor, Tensor]] = {}
-        self.past = 0
-
-    def feed(self, tokens: Tensor) -> None:
-        self.past += self.positions.shape[1]
-        self.positions = (self.past + torch.arange(tokens.shape[1])).expand(tokens.shape)
-
-    def self_attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer in self.kept:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.kept[layer], (k, v), strict=True))
-        self.kept[layer] = k, v
-        mask = torch.arange(k.shape[2]) <= self.positions[0][:, None]
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV) -> Tensor:
-        if layer not in self.cross:
-            self.cross[layer] = kv()
-        return scaled_dot_product_attention(q, *self.cross[layer], attn_mask=self.mask)
 
 
 def random_tokens(rows: int, length: int) -> Tensor:
@@ -157,26 +128,11 @@ def test_the_committed_tokenizers_are_what_the_script_makes(
 def test_logits_do_not_depend_on_later_tokens(trained: G2P, source: Tokenizer) -> None:
     ids, mask = encode_words(WORDS, source)
     memory, tokens = trained.encode(ids, mask), random_tokens(len(WORDS), 12)
-    whole = trained.decode(tokens, memory, FullSequence(tokens, mask))
+    whole = trained.decode(tokens, memory, mask)
     assert whole.shape == (len(WORDS), 12, 73)
     for length in range(1, 13):
         prefix = tokens[:, :length]
-        torch.testing.assert_close(
-            trained.decode(prefix, memory, FullSequence(prefix, mask)), whole[:, :length], rtol=1e-4, atol=1e-4
-        )
-
-
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [1, 11]])
-@torch.inference_mode()
-def test_tokens_may_come_in_pieces(trained: G2P, source: Tokenizer, pieces: list[int]) -> None:
-    ids, mask = encode_words(WORDS, source)
-    memory, tokens = trained.encode(ids, mask), random_tokens(len(WORDS), 12)
-    cache, logits = GrowingCache(mask), []
-    for piece in tokens.split(pieces, dim=1):
-        cache.feed(piece)
-        logits.append(trained.decode(piece, memory, cache))
-    whole = trained.decode(tokens, memory, FullSequence(tokens, mask))
-    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trained.decode(prefix, memory, mask), whole[:, :length], rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -199,7 +155,7 @@ def test_one_beam_is_greedy(trained: G2P, source: Tokenizer) -> None:
     ids, mask = encode_words(["pronunciation"], source)
     memory, tokens = trained.encode(ids, mask), random_tokens(1, 1)
     while int(tokens[0, -1]) != G2P.special_ids["eos_token_id"] and tokens.shape[1] < 40:
-        last = trained.decode(tokens, memory, FullSequence(tokens, mask))[:, -1:]
+        last = trained.decode(tokens, memory, mask)[:, -1:]
         tokens = torch.cat((tokens, last.argmax(-1)), dim=1)
     assert beam_search(trained, ids, mask).tolist() == tokens[:, 1:].tolist()
 

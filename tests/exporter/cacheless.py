@@ -1,10 +1,10 @@
 """Decoders that take all tokens at once, in many spellings, and some that cannot be run token by token."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, einsum, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, softmax
 
 LONGEST, WIDTH, HEADS = 80, 32, 4
@@ -168,6 +168,46 @@ class PyTorchsNormFirst(PyTorchs):
     norm_first = True
 
 
+class Einsums(Alibi):
+    """Both products as einsum, one of them with its axes in another order; a bias added, and the future filled in after it."""
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        return super().mask(tokens).clamp(min=-1.0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = einsum("bhqd, bhkd -> bhqk", q, k) * q.shape[-1] ** -0.5
+        if mask.is_floating_point():
+            places = torch.arange(q.shape[2])
+            scores = (scores + mask).masked_fill(places[None, :] > places[:, None], -math.inf)
+        else:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return einsum("bhqk, bhkd -> bqhd", softmax(scores, -1), v).transpose(1, 2)
+
+
+class PaddedTargets(Learned):
+    """A mask for the target's padding, of which there is none, filled in and applied in place; rows that see nothing are zeroed."""
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        padding = torch.ones(tokens.shape, dtype=torch.bool)
+        padding[:, : tokens.shape[1]] = tokens == 0
+        return super().mask(tokens) & ~padding[:, None, None, :]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores.masked_fill_(~mask, -math.inf)
+        return (softmax(scores, -1) @ v).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+class Branching(Learned):
+    """Asks which of two lengths is greater, casts inside autocast, and adds in place."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if k.shape[2] > q.shape[2]:
+            mask = mask.expand(-1, -1, q.shape[2], -1)
+        with torch.autocast("cpu", enabled=False):
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask).add_(0.0)
+
+
 class Convolution(Learned):
     def __init__(self) -> None:
         super().__init__()
@@ -197,9 +237,64 @@ class Bidirectional(Learned):
         return distances(tokens).abs() < 5
 
 
-class PaddedTargets(Learned):
+class MaskedByToken(Learned):
+    """As a padding mask, but of a token that targets do hold."""
+
+    def mask(self, tokens: Tensor) -> Tensor:
+        return super().mask(tokens) & (tokens != 7)[:, None, None, :]
+
+
+class PaddedStart(Learned):
+    """A padding mask where the first token of every target is the padding id."""
+
+    special_ids: ClassVar = {"decoder_start_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+
     def mask(self, tokens: Tensor) -> Tensor:
         return super().mask(tokens) & (tokens != 0)[:, None, None, :]
+
+
+class SourceAdded(Learned):
+    """Looks at the source outside of an attention."""
+
+    def placed(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        return super().decode(tokens, memory, memory_mask) + self.head(memory.mean(1, keepdim=True))
+
+
+class SourceUnmasked(Learned):
+    """Its cross-attention sees the padding of shorter sources."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=None if mask.dim() == 4 else mask)
+
+
+class Numbers(Learned):
+    """Takes a size as a number, which no trace survives."""
+
+    def placed(self, x: Tensor) -> Tensor:
+        return x + self.places(torch.arange(int(x.shape[1])))
+
+
+class TwoMemories(Learned):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        memory = super().encode(input_ids, attention_mask)
+        return memory, memory[:, :1]
+
+
+class NeverAlone(Learned):
+    """One token is a step to it, for which it lacks a cache; eole's decoder does this."""
+
+    def placed(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            raise AttributeError("no cache")
+        return super().placed(x)
+
+
+class NumbersInTheEncoder(Learned):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().encode(input_ids, attention_mask) + self.places(torch.arange(int(input_ids.shape[1])))
 
 
 class Shrinking(Learned):
@@ -213,7 +308,22 @@ class Boundless(Learned):
     max_length = None  # type: ignore[assignment]  # what is wrong with it
 
 
-GOOD = (Learned, Sinusoidal, Rotary, Alibi, Relative, Window, Written, Added, Tied, PyTorchs, PyTorchsNormFirst)
+GOOD = (
+    Learned,
+    Sinusoidal,
+    Rotary,
+    Alibi,
+    Relative,
+    Window,
+    Written,
+    Added,
+    Tied,
+    PyTorchs,
+    PyTorchsNormFirst,
+    Einsums,
+    PaddedTargets,
+    Branching,
+)
 
 # what cannot be run token by token, and what must be said of it
 BAD: dict[type[Learned], str] = {
@@ -222,7 +332,14 @@ BAD: dict[type[Learned], str] = {
     Summed: "(cumsum) mixes positions",
     Unmasked: "self-attention without a mask sees later tokens",
     Bidirectional: "this mask lets tokens see later ones",
-    PaddedTargets: "relates positions to each other outside of an attention",
+    MaskedByToken: "relates positions to each other outside of an attention",
+    PaddedStart: "relates positions to each other outside of an attention",
+    SourceAdded: "joins the source and the target outside of an attention",
+    SourceUnmasked: "expected cross-attention to mask the source's padding and nothing else",
+    TwoMemories: "encode() must return one memory [B,T,M], got a tuple",
+    NeverAlone: "fails for 1 of at most 80 tokens: AttributeError: no cache",
+    Numbers: "its code fixes the target length to 5",
+    NumbersInTheEncoder: "fixes sizes of encoder.onnx to those of the example (input_ids: T = 7; attention_mask: T = 7)",
     Shrinking: "one more token changes what was",
     Boundless: "needs max_length",
 }

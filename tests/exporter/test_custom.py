@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from txopt.examples.g2p.model import G2P, factory
-from txopt.exporter.custom import DecodeCache, FullSequence
+from txopt.exporter.custom import DecodeCache
 from txopt.exporter.pipeline import export
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import SourceError
@@ -49,7 +49,7 @@ def greedy(module: G2P, input_ids: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
         memory = module.encode(input_ids, mask)
         while not finished.all() and ids.shape[1] < module.max_length:
-            best = module.decode(ids, memory, FullSequence(ids, mask))[:, -1].argmax(-1)
+            best = module.decode(ids, memory, mask)[:, -1].argmax(-1)
             best[finished] = pad
             finished |= best == end
             ids = torch.cat([ids, best[:, None]], 1)

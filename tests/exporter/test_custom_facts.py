@@ -1,4 +1,4 @@
-"""What a module of one's own says of itself: taken as docs/custom.md says, or refused with what was expected and found."""
+"""What a module of one's own says of itself: taken as docs/custom-models.md says, or refused with what was expected and found."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,184 @@
+"""decode(tokens, memory, memory_mask) as a graph of PyTorch operators without side effects, and what each node depends on.
+
+Owns the graph and its tidying: in-place operators become functional, checks of torch's own go, and targets are known to hold no
+padding. Knows neither attention nor caches.
+"""
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from txopt.exporter.plain import plain_modules
+from txopt.runtime.errors import SourceError
+
+_aten = torch.ops.aten
+SIZE = _aten.sym_size.int
+_BY_SHAPE_ALONE = (
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
+_PADDING = {_aten.eq.Scalar: False, _aten.ne.Scalar: True}  # what comparing a token with the padding id always gives
+
+
+class Kind(Enum):
+    """What a node's value depends on."""
+
+    CONSTANT = "nothing that is given"
+    LENGTH = "the target's length alone"
+    PADDING = "the source's mask"
+    SOURCE = "the source"
+    TOKENS = "the target's tokens"
+
+    @property
+    def of_source(self) -> bool:
+        return self in (Kind.PADDING, Kind.SOURCE)
+
+
+class FullDecoder(nn.Module):
+    """decode() of a module, as the one call that is made a graph."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        logits: Tensor = self.module.decode(tokens, memory, memory_mask)
+        return logits
+
+
+def graph_of(module: Any) -> fx.GraphModule:
+    """decode() as a graph over any batch, target and source length.
+
+    Raises:
+        SourceError: torch cannot make it a graph, or one of those sizes is fixed.
+    """
+    ids = torch.ones(2, 5 if module.max_length > 5 else 2, dtype=torch.int64)
+    dynamic = torch.export.Dim.DYNAMIC  # branches on which length is greater are taken once; parity tries other lengths
+    try:
+        with torch.no_grad(), plain_modules():
+            longest = getattr(module, "max_source_length", None) or module.max_length
+            mask = torch.ones(2, min(7, longest), dtype=torch.int64)
+            memory = module.encode(torch.zeros_like(mask), mask)
+            _check_memory(memory)
+            shapes = ({0: dynamic, 1: dynamic},) * 3
+            program = torch.export.export(FullDecoder(module.eval()), (ids, memory, mask), dynamic_shapes=shapes)
+            if any(_in_place(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
+    except SourceError:
+        raise
+    except Exception as err:  # torch raises a dozen kinds, with pages of text
+        raise SourceError(
+            f"decode(tokens, memory, memory_mask) cannot be made a graph: {_reason(err)}; control flow on the values of tensors "
+            "and fixed lengths are the usual causes; the explicit protocol of docs/custom-models.md takes a cache instead"
+        ) from err
+    found: Any = program.module()
+    _tidy(found.graph, module.special_ids)
+    return fx.GraphModule(found, found.graph)  # a plain one: that of an exported program refuses eval()
+
+
+def kinds_of(graph: fx.Graph) -> dict[fx.Node, Kind]:
+    """What every node depends on; get_attr nodes are constants."""
+    tokens, memory, mask = (node for node in graph.nodes if node.op == "placeholder")
+    kinds = {tokens: Kind.TOKENS, memory: Kind.SOURCE, mask: Kind.PADDING}
+    for node in graph.nodes:
+        if node in kinds:
+            continue
+        if node.target is SIZE:
+            kinds[node] = Kind.LENGTH if node.args[0] is tokens else Kind.PADDING
+            continue
+        by_shape = getattr(node.target, "__name__", "").partition(".")[0] in _BY_SHAPE_ALONE
+        found = {kinds[each] for each in node.all_input_nodes}
+        if by_shape and Kind.TOKENS in found:
+            found = found - {Kind.TOKENS} | {Kind.LENGTH}
+        order = (Kind.TOKENS, Kind.SOURCE, Kind.PADDING, Kind.LENGTH)
+        kinds[node] = next((kind for kind in order if kind in found), Kind.CONSTANT)
+    return kinds
+
+
+def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """The node's value from those of its inputs."""
+    arguments = fx.map_arg(node.args, values.__getitem__)
+    named = fx.map_arg(node.kwargs, values.__getitem__)
+    assert callable(node.target)
+    return node.target(*arguments, **named)
+
+
+def place(node: fx.Node) -> str:
+    """Where a node comes from, as a person finds it: module path and operator."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]).removeprefix("L['self'].").removeprefix("module.") if stack else ""
+    name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+    return f"node {node.name} ({name}{f' in {path}' if path else ''})"
+
+
+def _check_memory(memory: Any) -> None:
+    if not isinstance(memory, Tensor) or memory.dim() != 3:
+        found = list(memory.shape) if isinstance(memory, Tensor) else f"a {type(memory).__name__}"
+        raise SourceError(
+            f"encode() must return one memory [B,T,M], got {found}; an artifact holds one source with one length and one mask, so "
+            "a decoder of two memories cannot become one yet"
+        )
+
+
+def _reason(err: Exception) -> str:
+    """torch's first line, or which size the module fixes, in words."""
+    axes = {
+        "tokens": ("rows", "target length"),
+        "memory": ("rows", "source length"),
+        "memory_mask": ("rows", "source length"),
+    }
+    found = re.findall(
+        r"L\['(\w+)'\]\.size\(\)\[([01])\] as dynamic but your code specialized it .* \((\d+)\)", str(err)
+    )
+    fixed = sorted({f"the {axes[name][int(axis)]} to {size}" for name, axis, size in found if name in axes})
+    if not fixed:
+        return str(err).strip().split("\n")[0]
+    return f"its code fixes {' and '.join(fixed)}, what the example has (int() of a size does that, and libraries that call it)"
+
+
+def _in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _tidy(graph: fx.Graph, special_ids: Mapping[str, int]) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_module" or str(node.target).startswith(("aten._assert", "aten.sym_constrain")):
+            graph.erase_node(node)  # checks of lengths and types, which a step does not have
+        elif node.target is _aten.dropout.default or node.target is _aten.alias.default:
+            node.replace_all_uses_with(node.args[0])  # dropout is that of eval(), which does nothing
+            graph.erase_node(node)
+        elif node.target in _VIEWS:  # strides of a step's values are not those of the whole sequence's
+            node.target = _aten.reshape.default
+    pad, start = special_ids["pad_token_id"], special_ids["decoder_start_token_id"]
+    tokens = next(node for node in graph.nodes if node.op == "placeholder")
+    for node in [node for node in graph.nodes if node.target in _PADDING and _same(node.args[0], tokens)]:
+        if node.args[1] == pad != start:
+            _replace_by_constant(graph, node, tokens)
+    graph.eliminate_dead_code()
+
+
+def _same(node: Any, tokens: fx.Node) -> bool:
+    """Whether ``node`` is the tokens, perhaps cast."""
+    while isinstance(node, fx.Node) and node.target is _aten.to.dtype:
+        node = node.args[0]
+    return node is tokens
+
+
+def _replace_by_constant(graph: fx.Graph, node: fx.Node, tokens: fx.Node) -> None:
+    """A comparison with the padding id: a target has no padding, and what follows its end is nobody's business."""
+    with graph.inserting_before(node):
+        constant = graph.call_function(_aten.full_like.default, (tokens, _PADDING[node.target]), {"dtype": torch.bool})  # type: ignore[index]
+    constant.meta = dict(node.meta)
+    node.replace_all_uses_with(constant)
