@@ -56,6 +56,7 @@ def optimize(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    prove: bool = False,
     progress: Progress | None = None,
 ) -> OptimizeReport:
     """Fuses the .onnx file ``path`` into the directory ``out``: model.onnx, of opset 24, and weights.data.
@@ -64,6 +65,7 @@ def optimize(
         path: the file, of opset 11 to 24; external data lies beside it.
         out: the directory to make; it is there as a whole or not at all.
         overwrite: replace what an earlier ``optimize`` left at ``out``; anything else there is never touched.
+        prove: replay every fusion alone, and leave out what does not hold.
         progress: called with the name of each of STAGES as it begins.
 
     Raises:
@@ -72,7 +74,7 @@ def optimize(
     """
     source = _file(path)
     with _FolderWriter(out, overwrite=overwrite) as writer:
-        found = _ask(source, writer.directory, progress)
+        found = _ask(source, progress, directory=str(writer.directory), prove=prove)
         sizes = {name: (writer.directory / name).stat().st_size for name in FILES}
         writer.publish()
     return OptimizeReport(path=Path(out), source=source, files=sizes, **found)
@@ -85,7 +87,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress | None = None) -
         SourceError: it is no ONNX file, or not a whole one.
     """
     source = _file(path)
-    return {"path": str(source), **_ask(source, None, progress)}
+    return {"path": str(source), **_ask(source, progress)}
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
@@ -101,9 +103,9 @@ def _file(path: str | os.PathLike[str]) -> Path:
     return source
 
 
-def _ask(source: Path, directory: Path | None, progress: Progress | None) -> dict[str, Any]:
-    """The child's answer to one task."""
-    task = json.dumps({"source": str(source), "directory": str(directory) if directory else None})
+def _ask(source: Path, progress: Progress | None, **options: str | bool) -> dict[str, Any]:
+    """The child's answer to one task: to look, or to optimize into a ``directory``."""
+    task = json.dumps({"source": str(source), **options})
     command = [sys.executable, "-P", "-m", "txopt.exporter.foreign_child", task]
     stage, answer = "start", None
     with (

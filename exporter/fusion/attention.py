@@ -43,14 +43,14 @@ from txopt.exporter.fusion.attention_path import (
     untransposed,
 )
 from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 _DROWNING = -1e9  # no score is large enough to show beside it
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model``, which must be at opset 24, and reports."""
-    report = Report("Attention")
+    report = Report("Attention", barred)
     masks: dict[object, ir.Value] = {}
     place = {node: index for index, node in enumerate(model.graph)}
     found = [(node, before(node), after(node)) for node in model.graph if node.op_type == "Softmax"]
@@ -62,8 +62,9 @@ def fuse(model: ir.Model) -> Report:
         except _Refusal as refusal:
             report.refused.append(f"{softmax.name}: {refusal}")
             continue
-        rewrite(model.graph, block, masks)
-        report.fused += 1
+        if not report.bars(softmax):
+            report.took(softmax, block.last.outputs[0])
+            rewrite(model.graph, block, masks)
     return report
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from txopt.exporter.fusion.algebra import only_user, product, scalar
 from txopt.exporter.fusion.replace import replace
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class _Statistics:
         return value is self.d or same
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a variance that nobody takes the root of is no norm and no refusal."""
-    report = Report("LayerNormalization")
+    report = Report("LayerNormalization", barred)
     for variance in [node for node in model.graph if node.op_type == "ReduceMean"]:
         match = _match(variance)
         if isinstance(match, str):
             report.refused.append(f"{variance.name}: {match}")
-        elif match is not None:
+        elif match is not None and not report.bars(variance):
+            report.took(variance, match.last.outputs[0])
             _rewrite(model.graph, match)
-            report.fused += 1
     return report
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from txopt.exporter.fusion.algebra import only_user, scalar
 from txopt.exporter.fusion.replace import replace
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class _Norm:
     last: ir.Node
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a chain that does not hold is left as it was."""
-    report = Report("RMSNormalization")
+    report = Report("RMSNormalization", barred)
     for power in [node for node in model.graph if node.op_type == "Pow"]:
         match = _match(power)
         if isinstance(match, str):
             report.refused.append(f"{power.name}: {match}")
-        elif match is not None:
+        elif match is not None and not report.bars(power):
+            report.took(power, match.last.outputs[0])
             _rewrite(model.graph, match)
-            report.fused += 1
     return report
 
 

@@ -117,7 +117,7 @@ class Runner:
         """Runs once on fresh output buffers, which stay on the device; for graphs outside the token loop."""
         binding = self._session.io_binding()
         for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, self.tensor(np.ascontiguousarray(array)))
+            binding.bind_ortvalue_input(name, self.tensor(np.asarray(array, order="C")))  # which leaves scalars scalars
         names = [output.name for output in self._session.get_outputs()]
         for name in names:
             binding.bind_output(name, self._device, self._ordinal)
