@@ -87,7 +87,8 @@ def test_small_numbers_are_judged_by_their_own_size() -> None:
         return report
 
     report = proof.prove(doubled, graph, [given])
-    assert [refusal.partition(":")[0] for refusal in report.refused] == [FIRST, SECOND]
+    (refusal,) = report.refused  # the second block's scores are all but zero, whatever scales them
+    assert refusal.startswith(f"{FIRST}: fused, but it does not hold: x, ")
 
 
 def test_a_rewrite_is_replayed_through_values_that_it_changes() -> None:

@@ -164,17 +164,17 @@ def without_weight() -> Chain:
 # a chain that is almost a norm, and the reason that must be given
 NEAR_MISSES: dict[str, tuple[Chain, str]] = {
     "exponent 3": (Chain(exponent=3), "the exponent is 3"),
-    "mean over axis 1": (Chain(axis=1), "over axes [1], not [-1]"),
-    "epsilon from outside": (not_constant("epsilon"), "epsilon is not a constant"),
+    "mean over axis 1": (Chain(axis=1), "over axes [-2], not [-1]"),
+    "epsilon from outside": (not_constant("epsilon"), "no constant epsilon"),
     "exponent from outside": (not_constant("exponent"), "the exponent is None"),
-    "mean read elsewhere": (used_elsewhere("mean"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "root read elsewhere": (used_elsewhere("root"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "inverse read elsewhere": (used_elsewhere("inverse"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "inverse is an output": (given_out("inverse"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "scaled read elsewhere": (used_elsewhere("scaled"), "no weight vector"),
-    "scaled is an output": (given_out("scaled"), "no weight vector"),
-    "another value scaled": (scaling_something_else(), "not the one that is scaled"),
-    "no weight": (without_weight(), "no weight vector"),
+    "mean read elsewhere": (used_elsewhere("mean"), "something else reads mean"),
+    "root read elsewhere": (used_elsewhere("root"), "not divided by alone"),
+    "inverse read elsewhere": (used_elsewhere("inverse"), "no constant weight vector"),
+    "inverse is an output": (given_out("inverse"), "no constant weight vector"),
+    "scaled read elsewhere": (used_elsewhere("scaled"), "no constant weight vector"),
+    "scaled is an output": (given_out("scaled"), "no constant weight vector"),
+    "another value scaled": (scaling_something_else(), "not the one that is divided or scaled"),
+    "no weight": (without_weight(), "no constant weight vector"),
 }
 
 
