@@ -16,9 +16,9 @@ mask; one that drowns every score (-1e9) is added. Rows that mask everything are
 -inf, least numbers and booleans. Lengths that are not known are taken to be those that the operator asks for.
 Keys and values that are repeated for groups of heads stay repeated.
 
-Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, other operators in
-between, results inside that something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a
-MatMul of two computed values before it, or without one after it, is no attention and no refusal.
+Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, a mask that makes the
+scores longer, other operators in between, results inside that something else reads, batches or heads that broadcast, ranks that
+are not known. A Softmax without a MatMul of two computed values before it, or without one after it, is no attention and no refusal.
 """
 
 import math
@@ -31,6 +31,7 @@ from txopt.exporter.fusion.attention_path import (
     Step,
     after,
     before,
+    broadcasts,
     changes_nothing,
     differ,
     fill_of,
@@ -101,6 +102,8 @@ class _Chain:
             raise _Refusal(f"{node.name} changes the scores")
         if rank_of(node.outputs[0]) not in (None, self.rank):
             raise _Refusal(f"{node.name} adds axes to the scores")
+        if node.op_type != "Reshape" and broadcasts(_input(node, index), node.outputs[0]):
+            raise _Refusal(f"{node.name} broadcasts the scores")
 
     def cut(self, reshape: ir.Node) -> None:
         """[N,Q,K] to [B,H,Q,K] or back."""

@@ -32,7 +32,7 @@ def norms(draw: st.DrawFn, *, missed: bool = False) -> Graph:
     miss = draw(st.sampled_from(MISSES)) if missed else ""
     shape = (2, *(draw(st.integers(1, 4)) for _ in range(draw(st.integers(1, 2)))), width)
     shape = (width,) * len(shape) if miss == "dropped" else shape  # so that it runs at all
-    graph = Graph(np.float16 if half else np.float32)
+    graph = Graph(np.float16 if half else np.float32, fixed=draw(st.booleans()))
     graph.kind = "LayerNormalization" if layer else "RMSNormalization"
     random = np.random.default_rng(draw(st.integers(0, 1000)))
     array = (random.normal(size=shape) * 3 + 1).astype(graph.dtype)

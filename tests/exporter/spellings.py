@@ -3,7 +3,7 @@
 A spelling says what must become of it: that it fuses, or why it must not.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +26,7 @@ class Graph:
     feeds: dict[str, Array] = field(default_factory=dict)
     axes: dict[str, list[str | int]] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
+    fixed: bool = False  # whether lengths have numbers rather than names
     reason: str | None = None  # why it must not fuse
     kind: str = "Attention"  # what it must become
 
@@ -44,7 +45,7 @@ class Graph:
         return self.constant(numbers, np.int64)
 
     def input(self, name: str, array: Array, axes: list[str | int] | None = None) -> str:
-        self.feeds[name], self.axes[name] = array, axes or list(array.shape)
+        self.feeds[name], self.axes[name] = array, list(array.shape) if self.fixed or axes is None else axes
         return name
 
     def flipped(self, op_type: str, left: str, right: str, flip: bool) -> str:
@@ -74,9 +75,22 @@ class Sizes:
     groups: int  # heads that share one of K and V
 
 
-MISSES = ("axis", "per position", "after the mask", "negative", "capped", "five axes", "showing", "read", "computed")
-SCALES = ("none", "scores *", "scores /", "* scores", "q", "k", "kt", "both", "root", "length")
-MASKS = ("bias", "by head", "keys", "plane", "keep", "hide", "hide keys", "padding", "causal", "triangle")
+MISSES = (
+    "axis",
+    "per position",
+    "after the mask",
+    "negative",
+    "capped",
+    "five axes",
+    "showing",
+    "read",
+    "computed",
+    "broadcast",
+)
+SCALES = ("none", "scores *", "scores /", "* scores", "twice", "four axes", "q", "k", "kt", "both", "root", "length")
+ADDED = ("bias", "by head", "keys", "queries", "heads alone", "plane", "line", "point")
+MASKS = (*ADDED, "keep", "hide", "hide keys", "padding", "causal", "triangle")
+OF_ANY_RANK = ("plane", "line", "point", "causal", "triangle")
 FILLS = ("infinite", "least", "billion", "expanded")
 
 
@@ -84,17 +98,19 @@ FILLS = ("infinite", "least", "billion", "expanded")
 def attentions(draw: st.DrawFn, *, missed: bool = False) -> Graph:
     """Self- or cross-attention of random sizes; ``missed``: with one change after which it is none."""
     heads = draw(st.sampled_from((1, 2, 4)))
-    q, k = draw(st.integers(2, 5)), draw(st.integers(2, 6))
-    source = draw(st.sampled_from(("given", "projected", "packed", "packed five", "three axes")))
+    shortest = 2 if missed else 1  # a factor for each of one position is one factor
+    q, k = draw(st.integers(shortest, 5)), draw(st.integers(shortest, 6))
+    source = draw(st.sampled_from(("given", "by token", "projected", "packed", "packed five", "three axes")))
     k = q if source.startswith("packed") else k
     grouped = source in ("given", "projected") and draw(st.booleans())
     groups = draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0])) if grouped else 1
     sizes = Sizes(draw(st.integers(1, 3)), heads, q, k, draw(st.sampled_from((2, 4, 8))), groups)
-    half = draw(st.booleans())
-    graph = Graph(np.float16 if half else np.float32)
+    half, miss = draw(st.booleans()), draw(st.sampled_from(MISSES)) if missed else ""
+    graph = Graph(np.float16 if half else np.float32, fixed=draw(st.booleans()) or miss == "broadcast")
+    if miss == "broadcast":
+        sizes, source, grouped = replace(sizes, B=1, groups=1), "given", False
     random = np.random.default_rng(draw(st.integers(0, 1000)))
     values = _sources(graph, source, sizes, random, grouped)
-    miss = draw(st.sampled_from(MISSES)) if missed else ""
     three = source == "three axes"
     scores = _scores(graph, draw, values, sizes, three)
     wide = half and draw(st.booleans())
@@ -104,8 +120,14 @@ def attentions(draw: st.DrawFn, *, missed: bool = False) -> Graph:
     else:
         narrow = wide
     masks = draw(st.lists(st.sampled_from(MASKS), max_size=2, unique=True))
-    if three:
-        masks = [mask for mask in masks if mask in ("plane", "causal", "triangle")]
+    cut = three and not missed and min(q, k) > 1 and draw(st.booleans())  # into heads for the masks, as BART did
+    if cut:
+        masks = [
+            mask for mask in masks if mask != "heads alone"
+        ]  # of three axes, which would stand for others then: refused
+        scores = graph.add("Reshape", scores, graph.integers(-1, heads, q, k))
+    if three and not cut:
+        masks = [mask for mask in masks if mask in OF_ANY_RANK]
     if miss:
         scores = _missed(graph, miss, scores, sizes, three, random)
     for mask in masks:
@@ -113,17 +135,21 @@ def attentions(draw: st.DrawFn, *, missed: bool = False) -> Graph:
     if miss == "after the mask":
         scores = graph.add("Add", scores, graph.constant(random.normal(size=(sizes.Q, sizes.K))))
         scores = graph.add("Mul", scores, graph.constant(0.5))
+    if cut:
+        scores = graph.add("Reshape", scores, graph.integers(-1, q, k))
     if wide:
         scores = graph.add("Cast", scores, to=onnx.TensorProto.FLOAT)
     rank = 3 if three else 4
     axis = rank - 2 if miss == "axis" else draw(st.sampled_from((-1, rank - 1)))
-    p = graph.add("Softmax", scores, axis=axis + (miss == "five axes" and axis > 0))
+    p = softmax = graph.add("Softmax", scores, axis=axis + (miss == "five axes" and axis > 0))
     if miss == "read":
         graph.outputs.append(graph.add("ReduceMax", p))
     if narrow:
         p = graph.add("Cast", p, to=onnx.TensorProto.FLOAT16)
     graph.dtype = np.float16 if half else np.float32
     p = graph.add(draw(st.sampled_from(("Identity", "Dropout"))), p) if draw(st.booleans()) else p
+    if not missed and draw(st.booleans()):
+        p = graph.add("Where", graph.add("IsNaN", softmax), graph.constant(0), p) if p == softmax else p
     graph.outputs.append(graph.add("MatMul", p, values[2]))
     graph.reason = miss or None
     return graph
@@ -143,7 +169,10 @@ def _sources(graph: Graph, source: str, sizes: Sizes, random: np.random.Generato
     found, inputs = [], dict[str, str]()
     for name, length, letter in zip("qkv", lengths, letters, strict=True):
         heads = h if name == "q" else kv
-        if source == "given":
+        if source == "by token":
+            array = random.normal(size=(b, length, heads, d)).astype(graph.dtype)
+            value = graph.add("Transpose", graph.input(name, array, ["B", letter, heads, d]), perm=[0, 2, 1, 3])
+        elif source == "given":
             array = random.normal(size=(b, heads, length, d)).astype(graph.dtype)
             value = graph.input(name, array, ["B", heads, letter, d])
         else:
@@ -155,15 +184,15 @@ def _sources(graph: Graph, source: str, sizes: Sizes, random: np.random.Generato
             value = graph.add("Add", value, graph.constant(random.normal(size=heads * d)))
             value = graph.add("Reshape", value, graph.integers(0, 0, heads, d))
             value = graph.add("Transpose", value, perm=[0, 2, 1, 3])
-        found.append(_repeated(graph, value, sizes, length) if grouped and name != "q" else value)
+        found.append(_repeated(graph, value, sizes) if grouped and name != "q" else value)
     return found
 
 
-def _repeated(graph: Graph, value: str, sizes: Sizes, length: int) -> str:
+def _repeated(graph: Graph, value: str, sizes: Sizes) -> str:
     """transformers' repeat_kv."""
     value = graph.add("Unsqueeze", value, graph.integers(2))
     value = graph.add("Expand", value, graph.integers(1, 1, sizes.groups, 1, 1))
-    return str(graph.add("Reshape", value, graph.integers(0, sizes.H, length, sizes.D)))
+    return str(graph.add("Reshape", value, graph.integers(0, sizes.H, -1, sizes.D)))
 
 
 def _packed(graph: Graph, source: str, sizes: Sizes, random: np.random.Generator) -> list[str]:
@@ -194,6 +223,10 @@ def _scores(graph: Graph, draw: st.DrawFn, values: list[str], sizes: Sizes, thre
     scores = str(graph.add("MatMul", q, kt))
     if how in ("scores *", "* scores"):
         return graph.flipped("Mul", scores, graph.constant(number), how == "* scores")
+    if how == "twice":
+        return str(graph.add("Div", graph.add("Mul", scores, graph.constant(number)), graph.constant([2])))
+    if how == "four axes":
+        return str(graph.add("Mul", scores, graph.constant(np.full((1,) * (3 if three else 4), number))))
     if how == "scores /":
         return str(graph.add("Div", scores, graph.constant(1 / number)))
     if how == "root":
@@ -211,12 +244,14 @@ def _scores(graph: Graph, draw: st.DrawFn, values: list[str], sizes: Sizes, thre
 def _masked(graph: Graph, draw: st.DrawFn, mask: str, scores: str, sizes: Sizes, random: np.random.Generator) -> str:
     """``scores`` under one more mask; every query keeps its first key."""
     b, h, q, k = sizes.B, sizes.H, sizes.Q, sizes.K
-    additive = {"bias": (b, 1, q, k), "by head": (1, h, q, k), "keys": (b, 1, 1, k), "plane": (q, k)}
-    letters = {"bias": ["B", 1, "Q", "K"], "by head": [1, h, "Q", "K"], "keys": ["B", 1, 1, "K"], "plane": ["Q", "K"]}
+    shapes = ((b, 1, q, k), (1, h, q, k), (b, 1, 1, k), (b, 1, q, 1), (h, q, k), (q, k), (k,), ())
+    letters = ("B1QK", "1HQK", "B11K", "B1Q1", "HQK", "QK", "K", "")
     flip = draw(st.booleans())
-    if mask in additive:
-        array = random.normal(size=additive[mask]).astype(graph.dtype)
-        return graph.flipped("Add", scores, graph.input(f"mask_{mask}", array, letters[mask]), flip)
+    if mask in ADDED:
+        i = ADDED.index(mask)
+        axes: list[str | int] = [{"1": 1, "H": h}.get(letter, letter) for letter in letters[i]]
+        given = graph.input(f"mask_{i}", random.normal(size=shapes[i]).astype(graph.dtype), axes)
+        return graph.flipped("Add", scores, given, flip)
     if mask == "padding":  # (1 - mask) * least, as BERT does it
         kept = np.ones((b, k), graph.dtype)
         kept[:, 1:] = random.random((b, k - 1)) < 0.6
@@ -255,6 +290,8 @@ def _missed(graph: Graph, miss: str, scores: str, sizes: Sizes, three: bool, ran
     if miss == "five axes":
         shape = (1,) * (2 if three else 3) + (sizes.Q, sizes.K)
         return str(graph.add("Add", scores, graph.constant(random.normal(size=shape))))
+    if miss == "broadcast":
+        return str(graph.add("Add", scores, graph.constant(random.normal(size=(2, 1, sizes.Q, sizes.K)))))
     if miss == "showing":
         return str(graph.add("Where", graph.constant(np.tri(sizes.Q, sizes.K), np.bool_), scores, graph.constant(-3)))
     if miss == "computed":

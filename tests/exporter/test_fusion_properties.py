@@ -17,6 +17,7 @@ REASONS = {
     "negative": "is not positive",
     "capped": "changes the scores",
     "five axes": "adds axes to the scores",
+    "broadcast": "broadcasts the scores",
     "showing": "beside which scores still show",
     "read": "is read elsewhere",
     "computed": "scales by what is no constant",
