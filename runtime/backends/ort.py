@@ -62,14 +62,19 @@ class Runner:
         path: the .onnx file; its weights lie beside it.
         device: "cpu" or "cuda" ("cuda:1" for another than the first).
         threads: engine threads, None for one per core.
+        as_written: the engine runs the nodes of the graph, without fusions of its own.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, device: str = "cpu", threads: int | None = None, as_written: bool = False
+    ) -> None:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and said once
         for key, value in CONFIGURATION.items():
             options.add_session_config_entry(key, value)
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:

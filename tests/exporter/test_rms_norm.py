@@ -127,6 +127,18 @@ def test_a_widening_cast_that_feeds_others_stays() -> None:
     assert count(model) == {"Cast": 1, "Neg": 1, "RMSNormalization": 1}
 
 
+def test_one_plus_a_weight_that_is_too_large_to_fold_is_a_weight() -> None:
+    """As Gemma writes it; what adds the one stays, and gives the weight."""
+    chain = Chain()
+    chain.constants["one"] = np.array(1, np.float32)
+    chain.nodes.insert(0, onnx.helper.make_node("Add", ["weight", "one"], ["more"]))
+    chain.nodes[-1].input[0] = "more"
+    model = chain.model()
+    assert fuse(model).fused == 1
+    assert count(model) == {"Add": 1, "RMSNormalization": 1}
+    np.testing.assert_allclose(run(model, {"x": X.astype(np.float32)})[0], by_formula(X, WEIGHT + 1), rtol=0, atol=2e-6)
+
+
 def used_elsewhere(name: str) -> Chain:
     chain = Chain()
     chain.nodes.append(onnx.helper.make_node("Neg", [name], ["other"]))
@@ -154,6 +166,18 @@ def scaling_something_else() -> Chain:
     return chain
 
 
+def of_more_axes(name: str) -> Chain:
+    chain = Chain()
+    chain.constants[name] = chain.constants[name].reshape(1, 1, 1, 1)
+    return chain
+
+
+def dropping_the_axis() -> Chain:
+    chain = Chain()
+    chain.nodes[1].attribute.append(onnx.helper.make_attribute("keepdims", 0))
+    return chain
+
+
 def without_weight() -> Chain:
     chain = Chain()
     chain.nodes = chain.nodes[:-1]
@@ -165,6 +189,9 @@ def without_weight() -> Chain:
 NEAR_MISSES: dict[str, tuple[Chain, str]] = {
     "exponent 3": (Chain(exponent=3), "the exponent is 3"),
     "mean over axis 1": (Chain(axis=1), "over axes [-2], not [-1]"),
+    "a mean that drops its axis": (dropping_the_axis(), "drops the axis"),
+    "an epsilon that adds axes": (of_more_axes("epsilon"), "epsilon adds axes"),
+    "an exponent that adds axes": (of_more_axes("exponent"), "exponent adds axes"),
     "epsilon from outside": (not_constant("epsilon"), "no constant epsilon"),
     "exponent from outside": (not_constant("exponent"), "the exponent is None"),
     "mean read elsewhere": (used_elsewhere("mean"), "something else reads mean"),
