@@ -55,6 +55,7 @@ def optimize(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    prove: bool = False,
     progress: Progress | None = None,
 ) -> OptimizeReport:
     """Fuses the .onnx file ``path`` into the directory ``out``: model.onnx, of opset 24, and weights.data.
@@ -63,6 +64,7 @@ def optimize(
         path: the file, of opset 11 to 24; external data lies beside it.
         out: the directory to make; it is there as a whole or not at all.
         overwrite: replace what an earlier ``optimize`` left at ``out``; anything else there is never touched.
+        prove: replay every fusion alone, and leave out what does not hold.
         progress: called with the name of each of STAGES as it begins.
 
     Raises:
@@ -71,7 +73,7 @@ def optimize(
     """
     source = _file(path)
     with _FolderWriter(out, overwrite=overwrite) as writer:
-        found = _ask(source, progress, task="optimize", directory=str(writer.directory))
+        found = _ask(source, progress, task="optimize", directory=str(writer.directory), prove=prove)
         sizes = {name: (writer.directory / name).stat().st_size for name in FILES}
         writer.publish()
     return OptimizeReport(path=Path(out), source=source, files=sizes, **found)

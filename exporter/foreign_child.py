@@ -19,8 +19,8 @@ _READING = ("read", "convert", "clean")
 Progress = Callable[[str], None]
 
 
-def optimize(source: Path, directory: Path, progress: Progress) -> dict[str, Any]:
-    """Writes model.onnx and weights.data into ``directory``, and proves them; gives the report."""
+def optimize(source: Path, directory: Path, progress: Progress, *, prove: bool = False) -> dict[str, Any]:
+    """Writes model.onnx and weights.data into ``directory``, and proves them; gives the report. ``prove``: every fusion alone, too."""
     from txopt.exporter import foreign_parity, onnx_file, weights
     from txopt.exporter.graph import count
     from txopt.exporter.lowering.ort import lower
@@ -29,7 +29,7 @@ def optimize(source: Path, directory: Path, progress: Progress) -> dict[str, Any
     proto = onnx_file.parse(source)
     onnx_file.check(proto, source)
     facts = {"opset": onnx_file.opset(proto), "nodes_before": len(proto.graph.node)}
-    model, fusions = _fused(source, proto, progress)
+    model, fusions = _fused(source, proto, progress, prove=prove)
     progress("lower")
     lower(model, foreign_parity.precision(model))
     progress("write")
@@ -64,22 +64,22 @@ def look(files: dict[str, str], progress: Progress) -> dict[str, Any]:
     return description.stored({name: onnx_file.parse(Path(file)) for name, file in files.items()})
 
 
-def _fused(source: Path, proto: Any, progress: Progress) -> tuple[Any, dict[str, Any]]:
-    from txopt.exporter import onnx_file
-    from txopt.exporter.fusion import FOREIGN
+def _fused(source: Path, proto: Any, progress: Progress, *, prove: bool = False) -> tuple[Any, dict[str, Any]]:
+    from txopt.exporter import foreign_parity, onnx_file
+    from txopt.exporter.fusion import FOREIGN, fuse
 
     progress("convert")
     model = onnx_file.convert(source, proto)
     progress("clean")
     onnx_file.clean(model)
     progress("fuse")
-    reports = [fusion(model) for fusion in FOREIGN]
-    return model, {report.operator: report.to_json() for report in reports}
+    reports = fuse(model, FOREIGN, foreign_parity.feeds(source, model) if prove else None)
+    return model, {operator: report.to_json() for operator, report in reports.items()}
 
 
 def _result(asked: dict[str, Any], source: Path, progress: Progress) -> dict[str, Any]:
     if asked["task"] == "optimize":
-        return optimize(source, Path(asked["directory"]), progress)
+        return optimize(source, Path(asked["directory"]), progress, prove=asked["prove"])
     return inspect(source, progress) if asked["task"] == "inspect" else look(asked["files"], progress)
 
 

@@ -5,6 +5,7 @@ It knows nothing of the graphs but their inputs and outputs, and which inputs ar
 
 import ast
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from txopt.exporter.difference import difference
 from txopt.exporter.onnx_file import OPSET
 from txopt.runtime.backends.ort import Runner
 from txopt.runtime.errors import InputError, ParityError, SourceError, TxoptError, explain
@@ -60,14 +62,9 @@ def prove(original: Path, optimized: Path, model: ir.Model) -> dict[str, Any]:
     kind, largest, problems, refusals = precision(model), 0.0, [], []
     before = _opened(original, f"{original}: expected a graph that ONNX Runtime opens")
     after = _opened(optimized, f"{original}: expected operators that ONNX Runtime knows in opset {OPSET} too")
-    bounds = {str(value.name): _bound(value) for value in model.graph.inputs}
-    for seed, sizes in enumerate(_candidates(model)):
+    for sizes, feeds in _drawn(model):
         try:
-            feeds = _feeds(model, sizes, bounds, np.random.default_rng(seed))
-            expected = {name: before.array(value) for name, value in before.run(feeds).items()}
-            _check_finite(expected)
-        except SourceError:  # an input that cannot be drawn at any size
-            raise
+            expected = _answer(before, feeds)
         except TxoptError as err:
             refusals.append(f"{_text(sizes)}: {err}")
             not_run.append(sizes)
@@ -78,7 +75,7 @@ def prove(original: Path, optimized: Path, model: ir.Model) -> dict[str, Any]:
             raise ParityError(
                 f"the optimized graph does not run where {original} does ({_text(sizes)}): {err}"
             ) from err
-        errors = {name: _error(expected[name], found[name]) for name in expected}
+        errors = {name: difference(expected[name], found[name]) for name in expected}
         for name, error in errors.items():
             if not error <= TOLERANCE[kind]:
                 problems.append(f"{name} deviates by {error:.3g}, allowed {TOLERANCE[kind]:.3g} ({_text(sizes)})")
@@ -95,6 +92,28 @@ def prove(original: Path, optimized: Path, model: ir.Model) -> dict[str, Any]:
     return {"precision": kind, "tolerance": TOLERANCE[kind], "largest_error": largest, "runs": runs, "not_run": not_run}
 
 
+def feeds(original: Path, model: ir.Model) -> list[dict[str, Array]]:
+    """The inputs that ``prove`` will ask: the first sets that the file ``original`` answers; ``model`` is its graph.
+
+    Raises:
+        SourceError: ONNX Runtime does not open the file, or it has inputs that cannot be drawn.
+    """
+    runner, answered = _opened(original, f"{original}: expected a graph that ONNX Runtime opens"), []
+    for _, drawn in _drawn(model):
+        with suppress(TxoptError):
+            _answer(runner, drawn)
+            answered.append(drawn)
+        if len(answered) == _SETS:
+            break
+    return answered
+
+
+def _answer(runner: Runner, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    answers = {name: runner.array(value) for name, value in runner.run(feeds).items()}
+    _check_finite(answers)
+    return answers
+
+
 def _opened(path: Path, expected: str) -> Runner:
     try:
         return Runner(path)
@@ -107,6 +126,13 @@ def _check_finite(answers: Mapping[str, Array]) -> None:
     for name, array in answers.items():
         if array.dtype.kind == "f" and array.size and not np.isfinite(array).any():
             raise InputError(f"{name} has no finite number")
+
+
+def _drawn(model: ir.Model) -> Iterator[tuple[dict[str, int], dict[str, Array]]]:
+    """Sizes, and feeds of these sizes."""
+    bounds = {str(value.name): _bound(value) for value in model.graph.inputs}
+    for seed, sizes in enumerate(_candidates(model)):
+        yield sizes, _feeds(model, sizes, bounds, np.random.default_rng(seed))
 
 
 def _candidates(model: ir.Model) -> Iterator[dict[str, int]]:
@@ -204,20 +230,6 @@ def _bound(value: ir.Value) -> int | None:
                 seen.add(user.outputs[0])
                 waiting.append(user.outputs[0])
     return min(bounds, default=None)
-
-
-def _error(expected: Array, found: Array) -> float:
-    """The largest difference, relative to the largest expected number above one; infinite where they cannot be compared."""
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return float("inf")
-    if expected.dtype.kind not in "fV":
-        return 0.0 if np.array_equal(expected, found) else float("inf")
-    wide, other = expected.astype(np.float64), found.astype(np.float64)
-    finite = np.isfinite(wide)
-    if not np.array_equal(wide[~finite], other[~finite], equal_nan=True) or not np.isfinite(other[finite]).all():
-        return float("inf")
-    scale = max(1.0, float(np.abs(wide[finite]).max(initial=0.0)))
-    return float(np.abs(wide[finite] - other[finite]).max(initial=0.0)) / scale
 
 
 def _text(sizes: Mapping[str, int]) -> str:

@@ -87,12 +87,14 @@ def convert(path: Path, proto: onnx.ModelProto) -> ir.Model:
 def clean(model: ir.Model) -> None:
     """Changes ``model`` in place: constants folded up to FOLD_LIMIT elements, equal nodes made one, unused ones removed.
 
-    Every node has a name then, and no small constant is in another file.
+    Every node has a name of its own then, and no small constant is in another file.
 
     Of onnxscript's optimizer only the folding: its rewrite rules take an epsilon of 1e-12 (BERT) for zero.
     """
+    names = Counter(node.name for node in model.graph)
     for index, node in enumerate(model.graph):
-        node.name = node.name or f"{node.op_type}_{index}"
+        if not node.name or names[node.name] > 1:  # reports tell nodes by their names
+            node.name = f"{node.name or node.op_type}_{index}"
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.IdentityEliminationPass()(model)

@@ -5,17 +5,18 @@ parity leaves nothing at OUT.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from txopt import __version__
-from txopt.exporter import checkpoint, fusion, graph, reference, weights
+from txopt.exporter import checkpoint, fusion, graph, proof_feeds, reference, weights
 from txopt.exporter.case_plan import plans
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import collect, collect_files
+from txopt.exporter.fusion.proof import Feeds
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
 from txopt.exporter.trace import Trace, trace
@@ -44,6 +45,7 @@ def export(
     precision: str = "fp32",
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    prove: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Traces ``source``, fuses, writes and verifies; the artifact is at ``out`` only if it says what PyTorch says.
@@ -55,6 +57,7 @@ def export(
         precision: "fp32", "fp16" or "bf16".
         trust_remote_code: run code that came with a checkpoint.
         overwrite: replace the artifact that is at ``out``.
+        prove: replay every rewrite of the graphs alone, and leave out what does not hold.
         progress: called with the name of each of STAGES as it begins.
 
     Raises:
@@ -74,7 +77,8 @@ def export(
         report("trace")
         traced = trace(opened.source, computed)
         report("fuse")
-        fused = {name: _fuse(model) for name, model in traced.graphs.items()}
+        feeds = proof_feeds.feeds(traced.specs, cases, opened.source.facts.limit) if prove else {}
+        fused = {name: _fuse(model, feeds.get(name)) for name, model in traced.graphs.items()}
         report("lower")
         for model in traced.graphs.values():
             LOWERINGS[target](model, precision)
@@ -115,8 +119,8 @@ def _check_options(target: str, precision: str) -> None:
         raise UsageError(explain("this export cannot be made:", problems))
 
 
-def _fuse(model: Any) -> dict[str, Any]:
-    reports = {operator: report.to_json() for operator, report in fusion.fuse(model).items()}
+def _fuse(model: Any, feeds: Sequence[Feeds] | None) -> dict[str, Any]:
+    reports = {operator: report.to_json() for operator, report in fusion.fuse(model, feeds=feeds).items()}
     return {"patterns": reports, "nodes": graph.count(model)}
 
 

@@ -39,6 +39,17 @@ def test_0_optimize_says_what_it_did_and_the_stages_on_stderr(tmp_path: Path) ->
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.onnx", "weights.data"}
 
 
+def test_0_prove_tells_what_held(tmp_path: Path) -> None:
+    save(tmp_path)
+    done = txopt("optimize", "in.onnx", "out", "--prove", "--quiet", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  Gelu: 1 fused, 0 refused\n    1 of 1 proved alone: largest error " in done.stdout
+    done = txopt("optimize", "in.onnx", "out", "--prove", "--json", "--quiet", "--overwrite", cwd=tmp_path)
+    proof = json.loads(done.stdout)["fusions"]["Gelu"]["proof"]
+    assert (proof["held"], proof["unproved"]) == (1, [])
+    assert proof["largest_error"] < 1e-6
+
+
 def test_0_optimize_is_one_document_and_silent(tmp_path: Path) -> None:
     save(tmp_path)
     done = txopt("optimize", "in.onnx", "out", "--json", "--quiet", cwd=tmp_path)

@@ -1,13 +1,14 @@
 """Pattern fusions to neutral operators, in the order they run."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from txopt.exporter.fusion import attention, einsum, gelu, layer_norm, lengths, qkv, reshape, rms_norm, scale
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.proof import Feeds, Fusion, prove
+from txopt.exporter.fusion.report import NOTHING, Report
 
-FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (
+FUSIONS: tuple[Fusion, ...] = (
     rms_norm.fuse,
     gelu.fuse,
     reshape.fuse,
@@ -16,7 +17,7 @@ FUSIONS: tuple[Callable[[ir.Model], Report], ...] = (
 )
 
 # What graphs from any exporter are searched for; ours never hold a written-out attention or layer norm.
-FOREIGN: tuple[Callable[[ir.Model], Report], ...] = (
+FOREIGN: tuple[Fusion, ...] = (
     layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
     rms_norm.fuse,
     gelu.fuse,
@@ -29,6 +30,9 @@ FOREIGN: tuple[Callable[[ir.Model], Report], ...] = (
 )
 
 
-def fuse(model: ir.Model) -> dict[str, Report]:
-    """Runs every fusion on ``model``; reports by operator."""
-    return {report.operator: report for report in (fusion(model) for fusion in FUSIONS)}
+def fuse(
+    model: ir.Model, fusions: Sequence[Fusion] = FUSIONS, feeds: Sequence[Feeds] | None = None
+) -> dict[str, Report]:
+    """Runs ``fusions`` on ``model``; reports by operator. Where there are ``feeds``, every rewrite is proved on them or left out."""
+    reports = (fusion(model, NOTHING) if feeds is None else prove(fusion, model, feeds) for fusion in fusions)
+    return {report.operator: report for report in reports}

@@ -17,9 +17,9 @@ mask; one that drowns every score (-1e9) is added. Rows that mask everything are
 -inf, least numbers and booleans. Lengths that are not known are taken to be those that the operator asks for.
 Keys and values that are repeated for groups of heads stay repeated.
 
-Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, other operators in
-between, results inside that something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a
-MatMul of two computed values before it, or without one after it, is no attention and no refusal.
+Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, a mask that makes the
+scores longer, other operators in between, results inside that something else reads, batches or heads that broadcast, ranks that
+are not known. A Softmax without a MatMul of two computed values before it, or without one after it, is no attention and no refusal.
 """
 
 import math
@@ -32,6 +32,7 @@ from txopt.exporter.fusion.attention_path import (
     Step,
     after,
     before,
+    broadcasts,
     changes_nothing,
     differ,
     fill_of,
@@ -44,14 +45,14 @@ from txopt.exporter.fusion.attention_path import (
     untransposed,
 )
 from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 _DROWNING = -1e9  # no score is large enough to show beside it
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model``, which must be at opset 24, and reports."""
-    report = Report("Attention")
+    report = Report("Attention", barred)
     masks: dict[object, ir.Value] = {}
     place = {node: index for index, node in enumerate(model.graph)}
     found = [(node, before(node), after(node)) for node in model.graph if node.op_type == "Softmax"]
@@ -63,8 +64,9 @@ def fuse(model: ir.Model) -> Report:
         except _Refusal as refusal:
             report.refused.append(f"{softmax.name}: {refusal}")
             continue
-        rewrite(model.graph, block, masks)
-        report.fused += 1
+        if not report.bars(softmax):
+            report.took(softmax, block.last.outputs[0])
+            rewrite(model.graph, block, masks)
     return report
 
 
@@ -101,6 +103,8 @@ class _Chain:
             raise _Refusal(f"{node.name} changes the scores")
         if rank_of(node.outputs[0]) not in (None, self.rank):
             raise _Refusal(f"{node.name} adds axes to the scores")
+        if node.op_type != "Reshape" and broadcasts(_input(node, index), node.outputs[0]):
+            raise _Refusal(f"{node.name} broadcasts the scores")
 
     def cut(self, reshape: ir.Node) -> None:
         """[N,Q,K] to [B,H,Q,K] or back."""

@@ -9,6 +9,7 @@ import ml_dtypes
 import onnx_ir as ir
 
 from txopt.exporter.fusion.algebra import scalar
+from txopt.exporter.graph import FOLD_LIMIT
 
 _BEFORE = ("Add", "Sub", "Mul", "Div", "Where", "Max", "Cast", "Identity", "Reshape", "Tanh", "Clip")
 _AFTER = ("Add", "Mul", "Div", "Where", "Cast", "Identity", "Dropout", "Reshape")
@@ -127,8 +128,11 @@ def changes_nothing(node: ir.Node) -> bool:
 
 
 def fill_of(value: ir.Value | None) -> float | None:
-    """The one number that a tensor is filled with: a constant, or one that is expanded."""
+    """The one number that a tensor is filled with: a constant, or one that is expanded, or was when constants were folded."""
     number = scalar(value)
+    if value is not None and value.const_value is not None and 1 < value.const_value.size <= FOLD_LIMIT:
+        numbers = {float(one) for one in value.const_value.numpy().reshape(-1)}
+        return numbers.pop() if len(numbers) == 1 else None
     node = value.producer() if value is not None else None
     if number is not None or node is None:
         return number
@@ -169,6 +173,16 @@ def differ(left: ir.Value, right: ir.Value, axis: int) -> bool:
     """Whether two lengths must be unequal, or one is 1 and the other is not known to be."""
     first, second = length(left, axis), length(right, axis)
     return first != second and (1 in (first, second) or (isinstance(first, int) and isinstance(second, int)))
+
+
+def broadcasts(value: ir.Value, result: ir.Value) -> bool:
+    """Whether ``result``, of the same rank as far as that is known, is longer than ``value``; what has no name is taken to fit."""
+    if value.shape is None or result.shape is None or len(value.shape) != len(result.shape):
+        return False
+    return any(
+        differ(value, result, axis) and length(result, axis) is not None and length(value, axis) is not None
+        for axis in range(len(value.shape))
+    )
 
 
 def length(value: ir.Value, axis: int) -> int | str | None:

@@ -11,14 +11,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from txopt.exporter.fusion.replace import replace
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 _Orders = tuple[list[int], list[int], list[int]]
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports."""
-    report = Report("Einsum")
+    report = Report("Einsum", barred)
     for node in [node for node in model.graph if node.op_type == "Einsum"]:
         equation = node.attributes["equation"].as_string().replace(" ", "")
         orders = _orders(equation)
@@ -26,9 +26,9 @@ def fuse(model: ir.Model) -> Report:
             report.refused.append(f"{node.name}: {equation} is no product of matrices")
         elif _broadcasts(node, orders):
             report.refused.append(f"{node.name}: {equation} broadcasts an axis of length 1")
-        else:
+        elif not report.bars(node):
+            report.took(node, node.outputs[0])
             _rewrite(model.graph, node, orders)
-            report.fused += 1
     passes.RemoveUnusedNodesPass()(model)
     return report
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from txopt.exporter.fusion.attention_path import Length, length, lengths_of, rank_of
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.graph import integers
 
 _SAME_SHAPE = (
@@ -28,9 +28,12 @@ _KEEP, _BROADCAST = frozenset(_SAME_SHAPE.split()), frozenset(_ELEMENTWISE.split
 _READ = ("Shape", "Gather", "Slice", "Squeeze", "Unsqueeze")
 
 
-def fuse(model: ir.Model) -> Report:
-    """Rewrites ``model`` and reports how many reads were moved."""
-    report = Report("Length")
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
+    """Rewrites ``model`` and reports how many reads were moved.
+
+    No place of its own is named: nothing is computed otherwise, and what reads the lengths is proved where it is fused.
+    """
+    report = Report("Length", barred)
     made: dict[object, ir.Value] = {}
     origins = _Origins()
     for node in [node for node in model.graph if node.op_type in _READ]:
@@ -39,7 +42,7 @@ def fuse(model: ir.Model) -> Report:
         if not found or output.is_graph_output() or not output.uses():
             continue
         first = _run([origins.of(one) for one in found])
-        if first is None or _is_canonical(node, first, len(found)):
+        if first is None or _is_canonical(node, first, len(found)) or report.bars(node):
             continue
         new = _read(model.graph, first, len(found), made)
         if rank_of(output) == 0:

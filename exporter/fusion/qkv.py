@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from txopt.exporter.fusion.algebra import scalar
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.graph import integers
 
 _BY_HEAD = (0, 2, 1, 3)
@@ -45,11 +45,13 @@ class _Projection:
 Pack = tuple[_Projection, ...]
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; projections that do not share their input are no candidates."""
-    report = Report("QKV")
+    report = Report("QKV", barred)
     packs = _packs(model.graph)
-    refusals = {node: reason for node, pack in packs.items() if (reason := _uncuttable(pack))}
+    refusals = {
+        node: reason for node, pack in packs.items() if (reason := barred.get(str(node.name)) or _uncuttable(pack))
+    }
     possible = [pack for node, pack in packs.items() if node not in refusals]
     refusals |= {
         node: reason for node, pack in packs.items() if pack in possible and (reason := _shared(pack, possible))
@@ -57,8 +59,8 @@ def fuse(model: ir.Model) -> Report:
     report.refused = [f"{node.name}: {refusals[node]}" for node in packs if node in refusals]
     packed: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     for node in [node for node in packs if node not in refusals]:
+        report.took(node, *(projection.nodes[0].outputs[0] for projection in packs[node]))
         _rewrite(model.graph, node, packs[node], packed)
-        report.fused += 1
     passes.RemoveUnusedNodesPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)  # one shape for all layers
     return report

@@ -9,12 +9,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from txopt.exporter.fusion.attention_path import lengths_of
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports the reshapes it saved."""
-    report = Report("Reshape")
+    report = Report("Reshape", barred)
     _share_shapes(model.graph)
     passes.CommonSubexpressionEliminationPass()(model)  # the Concats over shapes that are one now
     for node in [node for node in model.graph if node.op_type == "Reshape"]:
@@ -24,8 +24,9 @@ def fuse(model: ir.Model) -> Report:
         if _may_copy_lengths(node):
             report.refused.append(f"{node.name}: its shape may copy lengths of {inner.name}")
             continue
-        node.replace_input_with(0, inner.inputs[0])
-        report.fused += 1
+        if not report.bars(node):
+            report.took(node, node.outputs[0])
+            node.replace_input_with(0, inner.inputs[0])
     passes.RemoveUnusedNodesPass()(model)
     return report
 

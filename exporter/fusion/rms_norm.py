@@ -1,12 +1,11 @@
-"""Decomposed root-mean-square norms (T5) to RMSNormalization.
+"""Decomposed root-mean-square norms (T5, Llama, Gemma) to RMSNormalization, by whichever exporter they were written out.
 
-    x -> [Cast fp32] -> Pow(2) -> ReduceMean(last axis) -> Add(epsilon) -> Sqrt -> Reciprocal -> Mul(x) -> [Cast] -> Mul(weight)
+    x -> [Cast fp32] -> Pow(2) or x * x -> ReduceMean(last axis) -> Add(epsilon) -> root -> x / root -> [Cast] -> Mul(weight)
 
-Instead of the Reciprocal there may be 1 / root, as torch's old exporter writes it.
-
-Source: ONNX operator RMSNormalization (opset 23); with casts around it, its ``stash_type=1`` says the same: statistics in fp32.
-Refused, with the node's name: an exponent other than 2, another axis, an epsilon or weight that is no constant, an intermediate
-that something else reads.
+The division may be a product with Reciprocal, 1 / root or Pow(-0.5), the three factors may stand in any order, and the weight may
+be 1 + a constant. Source: ONNX operator RMSNormalization (opset 23); with casts around it, its ``stash_type=1`` says the same:
+statistics in fp32. Refused, with the node's name: an exponent other than 2, another axis or one that is dropped, an epsilon
+outside the root, an epsilon or weight that is no constant, no weight at all, float64, an intermediate that something else reads.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,20 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from txopt.exporter.fusion.algebra import only_user, scalar
+from txopt.exporter.fusion.norm_path import (
+    Scaled,
+    axes_of,
+    before_widening,
+    drops_axes,
+    inverse,
+    more_axes,
+    power,
+    read_elsewhere,
+    scaled,
+    shape_problem,
+)
 from txopt.exporter.fusion.replace import replace
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 
 @dataclass(frozen=True)
@@ -26,63 +37,69 @@ class _Norm:
     last: ir.Node
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a chain that does not hold is left as it was."""
-    report = Report("RMSNormalization")
-    for power in [node for node in model.graph if node.op_type == "Pow"]:
-        match = _match(power)
+    report = Report("RMSNormalization", barred)
+    for square in [node for node in model.graph if node.op_type in ("Pow", "Mul")]:
+        match = _match(square)
         if isinstance(match, str):
-            report.refused.append(f"{power.name}: {match}")
-        elif match is not None:
+            report.refused.append(f"{square.name}: {match}")
+        elif match is not None and not report.bars(square):
+            report.took(square, match.last.outputs[0])
             _rewrite(model.graph, match)
-            report.fused += 1
     return report
 
 
-def _match(power: ir.Node) -> _Norm | str | None:
+def _match(square: ir.Node) -> _Norm | str | None:
     """The norm, a reason of refusal, or None where this is no norm at all."""
-    x = power.inputs[0]
-    mean = only_user(power.outputs[0], "ReduceMean")
-    if x is None or mean is None:
+    x, other = square.inputs
+    mean = only_user(square.outputs[0], "ReduceMean")
+    if x is None or mean is None or (square.op_type == "Mul" and other is not x):
         return None
-    if scalar(power.inputs[1]) != 2:
-        return f"the exponent is {scalar(power.inputs[1])}, not 2"
-    axes = _ints(mean.inputs[1]) if len(mean.inputs) > 1 else None
-    if axes != [-1]:
+    if not {user.op_type for user, _ in mean.outputs[0].uses()} & {"Add", "Sqrt", "Pow"}:
+        return None
+    if square.op_type == "Pow" and scalar(other) != 2:
+        return f"the exponent is {scalar(other)}, not 2"
+    rank = len(x.shape) if x.shape is not None else None
+    if (axes := axes_of(mean, rank)) != [-1]:
         return f"the mean is over axes {axes}, not [-1]"
-    add = only_user(mean.outputs[0], "Add")
-    root = add and only_user(add.outputs[0], "Sqrt")
-    inverse = root and _inverse(root.outputs[0])
-    last = inverse and only_user(inverse.outputs[0], "Mul")
-    if add is None or last is None:
-        return "the mean of squares is not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"
-    epsilon = next((value for value in map(scalar, add.inputs) if value is not None), None)
-    if epsilon is None:
-        return "epsilon is not a constant"
-    if x not in last.inputs:
-        return "the value that is squared is not the one that is scaled"
-    last = only_user(last.outputs[0], "Cast") or last
-    weighted = only_user(last.outputs[0], "Mul")
-    weight = next((value for value in weighted.inputs if _is_vector(value)), None) if weighted is not None else None
-    if weighted is None or weight is None:
-        return "no weight vector is multiplied at the end"
-    return _Norm(_before_widening(x), weight, epsilon, weighted)
+    if drops_axes(mean):
+        return f"{mean.name} drops the axis of the mean"
+    shifted = only_user(mean.outputs[0], "Add")
+    if shifted is None and any(user.op_type == "Add" for user, _ in mean.outputs[0].uses()):
+        return f"something else reads {mean.outputs[0].name}"
+    epsilon = next((number for number in map(scalar, shifted.inputs) if number is not None), None) if shifted else None
+    if shifted is None or epsilon is None or epsilon < 0:
+        return "no constant epsilon is added to the mean of squares inside the root"
+    if x.dtype == ir.DataType.DOUBLE:
+        return "it computes in float64, the operator's statistics are float32"
+    return _end(square, shifted, x, epsilon)
 
 
-def _inverse(root: ir.Value) -> ir.Node | None:
-    divided = only_user(root, "Div")
-    return divided if divided is not None and scalar(divided.inputs[0]) == 1 else only_user(root, "Reciprocal")
+def _end(square: ir.Node, shifted: ir.Node, x: ir.Value, epsilon: float) -> _Norm | str:
+    root, exponent = power(shifted)
+    if root is None:
+        return "the mean of squares and epsilon are not used as a root alone"
+    top, others = inverse(root, exponent)
+    if top is None:
+        return "the root is not divided by alone"
+    found = scaled(top, others or (), lambda value: value is x)
+    if isinstance(found, str):
+        return found
+    source = x if found.narrow is None else before_widening(x, found.narrow) or x
+    problem = shape_problem(source, -1, found.weight) or more_axes(
+        x, *shifted.inputs, square.inputs[1] if square.op_type == "Pow" else None
+    )
+    problem = problem or _dtype_problem(source, found) or read_elsewhere(found.last, x, found.weight)
+    return problem or _Norm(source, found.weight, epsilon, found.last)
 
 
-def _before_widening(x: ir.Value) -> ir.Value:
-    cast = x.producer()
-    if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
-        return x
-    return cast.inputs[0] if cast.attributes["to"].as_int() == ir.DataType.FLOAT else x
-
-
-def _is_vector(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and len(value.const_value.shape) == 1
+def _dtype_problem(x: ir.Value, found: Scaled) -> str | None:
+    if x.dtype is None or found.weight.dtype is None:
+        return "its dtypes are not known"
+    if found.weight.dtype != x.dtype and x.dtype != ir.DataType.FLOAT:
+        return f"{found.weight.name} is {found.weight.dtype}, x is {x.dtype}"
+    return None
 
 
 def _rewrite(graph: ir.Graph, norm: _Norm) -> None:
@@ -97,11 +114,5 @@ def _rewrite(graph: ir.Graph, norm: _Norm) -> None:
     # The standard allows two dtypes, its own function body and ONNX Runtime do not: widen the weight, narrow the result.
     wide = ir.node("Cast", [norm.weight], attributes={"to": norm.x.dtype}, name=f"{name}/weight")
     inner = ir.node("RMSNormalization", [norm.x, wide.outputs[0]], attributes=attributes, name=name)
-    narrow = ir.node("Cast", inner.outputs, attributes={"to": norm.last.outputs[0].dtype}, name=f"{name}/result")
+    narrow = ir.node("Cast", inner.outputs, attributes={"to": norm.weight.dtype}, name=f"{name}/result")
     replace(graph, norm.last, wide, inner, narrow)
-
-
-def _ints(value: ir.Value | None) -> list[int] | None:
-    return (
-        None if value is None or value.const_value is None else [int(x) for x in value.const_value.numpy().reshape(-1)]
-    )

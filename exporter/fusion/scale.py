@@ -10,14 +10,14 @@ not survive, and a scaled value that something else reads too, but for its shape
 import onnx_ir as ir
 
 from txopt.exporter.fusion.algebra import scalar
-from txopt.exporter.fusion.report import Report
+from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 _ON_THE_WAY = ("Reshape", "Transpose")
 
 
-def fuse(model: ir.Model) -> Report:
+def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; queries that nothing scales are no candidates."""
-    report = Report("Attention.scale")
+    report = Report("Attention.scale", barred)
     for attention in [node for node in model.graph if node.op_type == "Attention"]:
         scaling, alone = _scaling(attention)
         if scaling is None:
@@ -31,11 +31,11 @@ def fuse(model: ir.Model) -> Report:
             report.refused.append(
                 f"{scaling.name}: {attention.name} has no scale of its own, and its head size is not known"
             )
-        else:
+        elif not report.bars(scaling):
+            report.took(scaling, attention.outputs[0])
             attention.attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
             scaling.outputs[0].replace_all_uses_with(x)
             model.graph.remove(scaling, safe=True)
-            report.fused += 1
     return report
 
 

@@ -63,14 +63,19 @@ class Runner:
         path: the .onnx file; its weights lie beside it.
         device: "cpu" or "cuda" ("cuda:1" for another than the first).
         threads: engine threads, None for one per core.
+        as_written: the engine runs the nodes of the graph, without fusions of its own.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, device: str = "cpu", threads: int | None = None, as_written: bool = False
+    ) -> None:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and said once
         for key, value in CONFIGURATION.items():
             options.add_session_config_entry(key, value)
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:
@@ -125,7 +130,7 @@ class Runner:
         """Runs once on fresh output buffers, which stay on the device; for graphs outside the token loop."""
         binding = self._session.io_binding()
         for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, self.tensor(np.ascontiguousarray(array)))
+            binding.bind_ortvalue_input(name, self.tensor(np.asarray(array, order="C")))  # which leaves scalars scalars
         names = [output.name for output in self._session.get_outputs()]
         for name in names:
             binding.bind_output(name, self._device, self._ordinal)

@@ -26,6 +26,7 @@ app = typer.Typer(
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact's directory")]
 Json = Annotated[bool, typer.Option("--json", help="exactly one JSON document on stdout")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no warnings")]
+Prove = Annotated[bool, typer.Option("--prove", help="replay every fusion alone; leave out what does not hold")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="say more")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
@@ -41,6 +42,7 @@ def export(
         bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an artifact that is at OUT")] = False,
+    prove: Prove = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -58,6 +60,7 @@ def export(
             precision=precision,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
+            prove=prove,
             progress=progress,
         )
     from txopt.summary import of_artifact
@@ -174,6 +177,7 @@ def optimize(
     source: Annotated[Path, typer.Argument(metavar="IN", help="a .onnx file from any exporter, opset 11 to 24")],
     out: Annotated[Path, typer.Argument(help="the directory to make: model.onnx and weights.data")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what optimize left at OUT before")] = False,
+    prove: Prove = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -184,7 +188,7 @@ def optimize(
     from txopt.summary import of_optimized
 
     with console.stages(foreign.STAGES) as progress:
-        document = foreign.optimize(source, out, overwrite=overwrite, progress=progress).to_json()
+        document = foreign.optimize(source, out, overwrite=overwrite, prove=prove, progress=progress).to_json()
     console.result(document, of_optimized(document))
 
 

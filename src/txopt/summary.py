@@ -24,7 +24,7 @@ def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
             if not report["fused"] and not report["refused"]:
                 continue
             lines.append(f"    {operator}: {report['fused']} fused by pattern, {len(report['refused'])} refused")
-            lines += [f"      {reason}" for reason in report["refused"]]
+            lines += [f"      {reason}" for reason in (*report["refused"], *_proof(report))]
     lines.append("  " + _parity_line(manifest.parity))
     document = {
         "path": str(artifact.path),
@@ -123,8 +123,21 @@ def _fusions(fusions: dict[str, Any], verb: str) -> list[str]:
     for operator, report in fusions.items():
         if report["fused"] or report["refused"]:
             lines.append(f"  {operator}: {report['fused']} {verb}, {len(report['refused'])} refused")
-            lines += [f"    {reason}" for reason in report["refused"]]
+            lines += [f"    {reason}" for reason in (*report["refused"], *_proof(report))]
     return lines if any(report["fused"] for report in fusions.values()) else ["  nothing to fuse", *lines]
+
+
+def _proof(report: dict[str, Any]) -> list[str]:
+    """What was proved of the fusions one by one, where they were."""
+    proof = report.get("proof")
+    if not proof or not report["fused"]:
+        return []
+    where = f" at {proof['at']}" if proof["at"] else ""
+    held = f"{proof['held']} of {report['fused']} proved alone"
+    return [
+        held + (f": largest error {proof['largest_error']:.1e}{where}" if proof["held"] else ""),
+        *proof["unproved"],
+    ]
 
 
 def _shape(shape: list[Any] | None) -> str:

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from txopt.exporter import foreign, foreign_parity, onnx_file
+from txopt.exporter.difference import difference
 from txopt.runtime.errors import ArtifactError, ParityError, SourceError, TxoptError
 
 LAYER_NORM = (
@@ -302,7 +303,7 @@ ERRORS: dict[str, tuple[Any, Any, float]] = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_what_counts_as_an_error(name: str) -> None:
     expected, found, error = ERRORS[name]
-    assert foreign_parity._error(np.array(expected), np.array(found)) == pytest.approx(error)
+    assert difference(np.array(expected), np.array(found)) == pytest.approx(error)
 
 
 def test_lengths_that_are_sums_follow_their_names(tmp_path: Path) -> None:

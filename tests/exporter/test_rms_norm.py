@@ -127,6 +127,18 @@ def test_a_widening_cast_that_feeds_others_stays() -> None:
     assert count(model) == {"Cast": 1, "Neg": 1, "RMSNormalization": 1}
 
 
+def test_one_plus_a_weight_that_is_too_large_to_fold_is_a_weight() -> None:
+    """As Gemma writes it; what adds the one stays, and gives the weight."""
+    chain = Chain()
+    chain.constants["one"] = np.array(1, np.float32)
+    chain.nodes.insert(0, onnx.helper.make_node("Add", ["weight", "one"], ["more"]))
+    chain.nodes[-1].input[0] = "more"
+    model = chain.model()
+    assert fuse(model).fused == 1
+    assert count(model) == {"Add": 1, "RMSNormalization": 1}
+    np.testing.assert_allclose(run(model, {"x": X.astype(np.float32)})[0], by_formula(X, WEIGHT + 1), rtol=0, atol=2e-6)
+
+
 def used_elsewhere(name: str) -> Chain:
     chain = Chain()
     chain.nodes.append(onnx.helper.make_node("Neg", [name], ["other"]))
@@ -154,6 +166,18 @@ def scaling_something_else() -> Chain:
     return chain
 
 
+def of_more_axes(name: str) -> Chain:
+    chain = Chain()
+    chain.constants[name] = chain.constants[name].reshape(1, 1, 1, 1)
+    return chain
+
+
+def dropping_the_axis() -> Chain:
+    chain = Chain()
+    chain.nodes[1].attribute.append(onnx.helper.make_attribute("keepdims", 0))
+    return chain
+
+
 def without_weight() -> Chain:
     chain = Chain()
     chain.nodes = chain.nodes[:-1]
@@ -164,17 +188,20 @@ def without_weight() -> Chain:
 # a chain that is almost a norm, and the reason that must be given
 NEAR_MISSES: dict[str, tuple[Chain, str]] = {
     "exponent 3": (Chain(exponent=3), "the exponent is 3"),
-    "mean over axis 1": (Chain(axis=1), "over axes [1], not [-1]"),
-    "epsilon from outside": (not_constant("epsilon"), "epsilon is not a constant"),
+    "mean over axis 1": (Chain(axis=1), "over axes [-2], not [-1]"),
+    "a mean that drops its axis": (dropping_the_axis(), "drops the axis"),
+    "an epsilon that adds axes": (of_more_axes("epsilon"), "epsilon adds axes"),
+    "an exponent that adds axes": (of_more_axes("exponent"), "exponent adds axes"),
+    "epsilon from outside": (not_constant("epsilon"), "no constant epsilon"),
     "exponent from outside": (not_constant("exponent"), "the exponent is None"),
-    "mean read elsewhere": (used_elsewhere("mean"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "root read elsewhere": (used_elsewhere("root"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "inverse read elsewhere": (used_elsewhere("inverse"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "inverse is an output": (given_out("inverse"), "not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"),
-    "scaled read elsewhere": (used_elsewhere("scaled"), "no weight vector"),
-    "scaled is an output": (given_out("scaled"), "no weight vector"),
-    "another value scaled": (scaling_something_else(), "not the one that is scaled"),
-    "no weight": (without_weight(), "no weight vector"),
+    "mean read elsewhere": (used_elsewhere("mean"), "something else reads mean"),
+    "root read elsewhere": (used_elsewhere("root"), "not divided by alone"),
+    "inverse read elsewhere": (used_elsewhere("inverse"), "no constant weight vector"),
+    "inverse is an output": (given_out("inverse"), "no constant weight vector"),
+    "scaled read elsewhere": (used_elsewhere("scaled"), "no constant weight vector"),
+    "scaled is an output": (given_out("scaled"), "no constant weight vector"),
+    "another value scaled": (scaling_something_else(), "not the one that is divided or scaled"),
+    "no weight": (without_weight(), "no constant weight vector"),
 }
 
 
