@@ -2,6 +2,7 @@
 
     x -> [Cast fp32] -> Pow(2) -> ReduceMean(last axis) -> Add(epsilon) -> Sqrt -> Reciprocal -> Mul(x) -> [Cast] -> Mul(weight)
 
+where TorchScript writes Div(1, root) for the Reciprocal.
 Source: ONNX operator RMSNormalization (opset 23); with casts around it, its ``stash_type=1`` says the same: statistics in fp32.
 Refused, with the node's name: an exponent other than 2, another axis, an epsilon or weight that is no constant, an intermediate
 that something else reads.
@@ -50,7 +51,7 @@ def _match(power: ir.Node) -> _Norm | str | None:
         return f"the mean is over axes {axes}, not [-1]"
     add = only_user(mean.outputs[0], "Add")
     root = add and only_user(add.outputs[0], "Sqrt")
-    inverse = root and only_user(root.outputs[0], "Reciprocal")
+    inverse = root and _inverse(root.outputs[0])
     last = inverse and only_user(inverse.outputs[0], "Mul")
     if add is None or last is None:
         return "the mean of squares is not used as Add(epsilon), Sqrt, Reciprocal, Mul alone"
@@ -65,6 +66,12 @@ def _match(power: ir.Node) -> _Norm | str | None:
     if weighted is None or weight is None:
         return "no weight vector is multiplied at the end"
     return _Norm(_before_widening(x), weight, epsilon, weighted)
+
+
+def _inverse(root: ir.Value) -> ir.Node | None:
+    """The one node that reads ``root``, if it gives 1 / root."""
+    reciprocal, division = only_user(root, "Reciprocal"), only_user(root, "Div")
+    return division if division is not None and scalar(division.inputs[0]) == 1 else reciprocal
 
 
 def _before_widening(x: ir.Value) -> ir.Value:

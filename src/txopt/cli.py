@@ -33,7 +33,10 @@ Threads = Annotated[int | None, typer.Option(help="engine threads; one per core 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="a checkpoint's directory, a hub id, or package.module:factory")],
+    source: Annotated[
+        str,
+        typer.Argument(help="a checkpoint's directory, a hub id, package.module:factory, or a folder Optimum exported"),
+    ],
     out: Annotated[Path, typer.Argument(help="the directory to make")],
     target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
