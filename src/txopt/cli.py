@@ -246,12 +246,12 @@ def root(
         raise typer.Exit
 
 
-def main() -> None:
-    """The entry point: runs a command, turns errors into messages and exit codes."""
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: runs a command, turns errors into messages and exit codes; ``arguments`` None: the process's own."""
     from txopt.console import fail
 
     try:
-        app(standalone_mode=True)
+        app(arguments, standalone_mode=True)
     except TxoptError as err:
         sys.exit(fail(err))
     except BrokenPipeError:
