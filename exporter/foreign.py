@@ -5,27 +5,20 @@ could crash in, in a process of its own.
 """
 
 import contextlib
-import json
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from txopt.runtime import errors
-from txopt.runtime.errors import ArtifactError, SourceError, TxoptError
+from txopt.exporter.child import Progress, ask
+from txopt.runtime.errors import ArtifactError, SourceError
 from txopt.runtime.files import read, sync
 from txopt.runtime.writer import ArtifactWriter
 
 STAGES = ("read", "convert", "clean", "fuse", "lower", "write", "prove")
 FILES = ("model.onnx", "weights.data")
 _OURS = b"\x12\x05txopt"  # producer_name, of the first fields that protobuf writes
-_ERRORS = ("SourceError", "InputError", "UsageError", "ArtifactError", "ParityError", "MissingDependencyError")
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,48 +116,7 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 def _ask(source: Path, progress: Progress | None, **asked: Any) -> dict[str, Any]:
     """The child's answer to one task."""
-    task = json.dumps({"source": str(source), **asked})
-    command = [sys.executable, "-P", "-m", "txopt.exporter.foreign_child", task]
-    stage, answer = "start", None
-    with (
-        tempfile.TemporaryFile() as noise,
-        subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=noise, encoding="utf-8"
-        ) as child,
-    ):
-        assert child.stdout is not None, "asked for"
-        try:
-            for line in child.stdout:
-                said = json.loads(line)
-                if "stage" in said:
-                    stage = said["stage"]
-                    if progress is not None:
-                        progress(stage)
-                else:
-                    answer = said
-            child.wait()
-        except BaseException:
-            child.kill()
-            raise
-        noise.seek(max(0, noise.seek(0, os.SEEK_END) - 2000))
-        last = noise.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-    if answer is None:
-        raise _death(source, stage, child.returncode, last)
-    if "error" in answer:
-        kind = getattr(errors, answer["error"]) if answer["error"] in _ERRORS else TxoptError
-        raise kind(answer["message"])
-    result: dict[str, Any] = answer["result"]
-    return result
-
-
-def _death(source: Path, stage: str, code: int, last: str) -> TxoptError:
-    if stage == "start":
-        return TxoptError(f"the process that was to read {source} did not start ({code}): {last}")
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    return SourceError(
-        f"{source}: expected a graph that can be processed, found one whose {stage} ended its process ({how}): "
-        "it is damaged, or larger than memory; export it again"
-    )
+    return ask("txopt.exporter.foreign_child", source, asked, progress)
 
 
 class _FolderWriter(ArtifactWriter):

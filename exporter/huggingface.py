@@ -47,7 +47,7 @@ class HuggingFaceSource:
         self.module = module.eval().requires_grad_(False)
         self.family = family
         self._pooling = pooling
-        self.facts = _facts(module, family)
+        self.facts = facts_of(module, family)
         _check_limits(self.facts, family)
         self.traced = _prepare(module, family)
         self._layers = _decoder_layers(module)
@@ -268,7 +268,8 @@ def _prepare(module: PreTrainedModel, family: Family) -> Any:
     return traced if family.hook is None else family.hook(traced)
 
 
-def _facts(module: PreTrainedModel, family: Family) -> Facts:
+def facts_of(module: PreTrainedModel, family: Family) -> Facts:
+    """What ``module``'s configurations say; its weights are not asked."""
     config = module.config
     task = family.task
     outputs: tuple[str, ...] = ()

@@ -47,21 +47,30 @@ def parse(path: Path) -> onnx.ModelProto:
 
 
 def check(proto: onnx.ModelProto, path: Path) -> None:
-    """Raises SourceError with every reason why this file cannot be optimized."""
+    """Raises SourceError with every reason why this file cannot be processed."""
     problems = [*_opset_problems(proto), *_operator_problems(proto)]
     for tensor in tensors(proto):
         problems += _tensor_problems(tensor, path)
     if problems:
         shown = [*problems[:_FEW], *([f"and {len(problems) - _FEW} more"] if len(problems) > _FEW else [])]
-        raise SourceError(explain(f"{path}: cannot be optimized:", shown))
+        raise SourceError(explain(f"{path}: cannot be processed:", shown))
     try:
         onnx.checker.check_model(path)  # by its path: it then looks for external data itself
     except onnx.checker.ValidationError as err:
         raise SourceError(f"{path}: expected a valid ONNX graph, found: {str(err).strip()}; export it again") from err
 
 
-def convert(path: Path, proto: onnx.ModelProto) -> ir.Model:
-    """The model at opset 24, without functions; its large weights stay in their file until they are asked for.
+def load(path: Path) -> ir.Model:
+    """The model as it is in the file; its large weights stay there until they are asked for."""
+    model = ir.load(path)
+    if "ai.onnx" in model.opset_imports:
+        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
+    passes.RemoveInitializersFromInputsPass()(model)  # ir_version 3 had all weights there
+    return model
+
+
+def convert(model: ir.Model, path: Path) -> None:
+    """Brings ``model``, which came from ``path``, to opset 24, in place and without functions.
 
     onnxscript's converter holds from opset 18 on; below, it leaves old attributes in place (ReduceMean's axes, Unsqueeze's) and
     says nothing. onnx's own holds from opset 11. ``fallback`` takes the first where it holds and the second where not, with
@@ -70,18 +79,13 @@ def convert(path: Path, proto: onnx.ModelProto) -> ir.Model:
     Raises:
         SourceError: neither can do it.
     """
-    found = opset(proto)
-    model = ir.load(path)
-    if "ai.onnx" in model.opset_imports:
-        model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
-    passes.RemoveInitializersFromInputsPass()(model)  # ir_version 3 had all weights there
+    found = model.opset_imports.get("")
     version_converter.convert_version(model, OPSET, fallback=True)
     if model.opset_imports.get("") != OPSET:
         raise SourceError(
             f"{path}: is of opset {found} and holds operators that cannot be brought to {OPSET}; export it with opset 17 or newer"
         )
     model.ir_version = max(model.ir_version or 0, _IR_VERSION)
-    return model
 
 
 def clean(model: ir.Model) -> None:

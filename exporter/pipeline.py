@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from txopt import __version__
-from txopt.exporter import checkpoint, fusion, graph, proof_feeds, reference, weights
+from txopt.exporter import checkpoint, fusion, graph, optimum, proof_feeds, reference, weights
 from txopt.exporter.case_plan import plans
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import collect, collect_files
 from txopt.exporter.fusion.proof import Feeds
 from txopt.exporter.lowering import LOWERINGS
+from txopt.exporter.optimum_folder import is_folder
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
 from txopt.exporter.trace import Trace, trace
 from txopt.runtime import cases as reference_cases
@@ -51,7 +52,7 @@ def export(
     """Traces ``source``, fuses, writes and verifies; the artifact is at ``out`` only if it says what PyTorch says.
 
     Args:
-        source: a checkpoint's directory or hub id, "package.module:factory", or a custom module itself.
+        source: a checkpoint's directory or hub id, "package.module:factory", a custom module itself, or a folder of Optimum's.
         out: the directory to make.
         target: what the graphs are lowered for: "cpu" or "cuda".
         precision: "fp32", "fp16" or "bf16".
@@ -67,6 +68,9 @@ def export(
     _check_options(target, precision)
     report = progress or (lambda stage: None)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
+        if is_folder(source):
+            manifest, skipped = optimum.draft(Path(source), writer, target=target, precision=precision, progress=report)
+            return _verified(writer, _with_known_options(manifest), skipped, report)
         report("load")
         opened = checkpoint.load(source, DTYPES[precision], trust_remote_code=trust_remote_code)
         computed, wide = computed_in(precision, target), islands(opened.source)
@@ -87,10 +91,7 @@ def export(
         reference_cases.save(cases, writer.directory)
         origin = {**opened.origin, "fp32_islands": wide if precision != "fp32" else []}
         manifest = _manifest(opened, traced, fused, writer.directory, origin=origin, target=target, precision=precision)
-        report("verify")
-        _, skipped = plans(opened.source.facts)
-        parity = replay(writer.draft(manifest), reference_cases.load(writer.directory), skipped=skipped).require()
-        return writer.commit(_certified(manifest, parity))
+        return _verified(writer, _with_known_options(manifest), plans(opened.source.facts)[1], report)
 
 
 def record_and_replay(
@@ -102,11 +103,18 @@ def record_and_replay(
     trust_remote_code: bool = False,
 ) -> ParityReport:
     """Fresh reference cases from PyTorch, against an artifact that exists (``txopt verify --against``)."""
+    if is_folder(source):
+        kind, task, cases = optimum.record(Path(source))
+        _check_same(artifact.manifest, kind, task)
+        return replay(artifact, cases, device=device, threads=threads).require()
     opened = checkpoint.load(source, DTYPES[artifact.manifest.precision], trust_remote_code=trust_remote_code)
-    ours, theirs = artifact.manifest, opened.source.facts
-    if (ours.kind, ours.task) != (theirs.kind, theirs.task):
-        raise UsageError(f"the artifact is of a {ours.kind} ({ours.task}), the source a {theirs.kind} ({theirs.task})")
+    _check_same(artifact.manifest, opened.source.facts.kind, opened.source.facts.task)
     return replay(artifact, reference.record(opened.source), device=device, threads=threads).require()
+
+
+def _check_same(ours: Manifest, kind: str, task: str) -> None:
+    if (ours.kind, ours.task) != (kind, task):
+        raise UsageError(f"the artifact is of a {ours.kind} ({ours.task}), the source a {kind} ({task})")
 
 
 def _check_options(target: str, precision: str) -> None:
@@ -145,7 +153,7 @@ def _manifest(
         versions={"txopt": __version__, **{name: version(name) for name in _VERSIONS}},
         graphs=traced.specs,
         cache=traced.cache,
-        generation={key: value for key, value in facts.generation.items() if key in _GENERATION},
+        generation=dict(facts.generation),
         frontend=_frontend(opened, directory),
         fusion=fused,
         calibration=None,
@@ -175,5 +183,14 @@ def _reader(opened: Checkpoint, directory: Path) -> dict[str, Any]:
     return collect_files(source, target, directory, pad_token_id=pad, source_limit=facts.source_limit)
 
 
-def _certified(manifest: Manifest, parity: ParityReport) -> Manifest:
-    return replace(manifest, parity=parity.certificate())
+def _with_known_options(manifest: Manifest) -> Manifest:
+    return replace(
+        manifest, generation={key: value for key, value in manifest.generation.items() if key in _GENERATION}
+    )
+
+
+def _verified(writer: ArtifactWriter, manifest: Manifest, skipped: Sequence[str], report: Progress) -> Artifact:
+    """The artifact, if what the writer has says what the reference cases say."""
+    report("verify")
+    parity = replay(writer.draft(manifest), reference_cases.load(writer.directory), skipped=skipped).require()
+    return writer.commit(replace(manifest, parity=parity.certificate()))

@@ -46,7 +46,10 @@ class Deviation:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """What was compared, what came out, what was skipped and why; ``certificate`` is its form in the manifest."""
+    """What was compared, what came out, what was skipped and why; ``certificate`` is its form in the manifest.
+
+    ``reference`` is who gave the answers that the artifact was held against.
+    """
 
     precision: str
     tolerance: float
@@ -56,6 +59,7 @@ class ParityReport:
     invariance: dict[str, float]
     skipped: tuple[str, ...]
     failures: tuple[str, ...] = field(default=())
+    reference: str = "PyTorch"
 
     @property
     def passed(self) -> bool:
@@ -82,7 +86,7 @@ class ParityReport:
                 str(deviation) for deviation in broken if deviation is not first and deviation.tensor == "logits"
             ]
         problems += self.failures
-        raise ParityError(explain("the artifact does not say what PyTorch said:", problems[:12]))
+        raise ParityError(explain(f"the artifact does not say what {self.reference} said:", problems[:12]))
 
     def certificate(self) -> dict[str, Any]:
         """JSON for the manifest: numbers rounded to three digits, so that equal runs are equal bytes."""
@@ -160,7 +164,13 @@ def replay(
         invariance=_invariance(model, cases),
         skipped=tuple(dict.fromkeys(notes)),
         failures=tuple(failures),
+        reference=reference_of(artifact.manifest.source),
     )
+
+
+def reference_of(source: Mapping[str, Any]) -> str:
+    """Who gave an artifact's reference answers, by the manifest's "source": PyTorch, or the .onnx files that it was made of."""
+    return "the original files" if source.get("kind") == "optimum" else "PyTorch"
 
 
 def _forced(model: Model, case: Case, tolerance: float) -> Iterator[Deviation]:

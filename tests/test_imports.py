@@ -42,6 +42,7 @@ RULES = {
     "exporter": rule(EXPORTER, "PIL soundfile"),
     "exporter/engine.py": rule(f"{EXPORTER} tensorrt tensorrt_rtx"),
     "src/txopt/__init__.py": rule("", ANY_OF_OURS),
+    "src/optimum": rule("optimum.commands", "txopt.cli"),
     "src/txopt": rule("txopt.runtime.errors typer rich click", f"{ANY_OF_OURS} {FRONT} numpy torch"),
     "src/txopt/summary.py": rule("txopt.runtime"),
     "src/txopt/page": rule("txopt.runtime txopt.page txopt.summary", "jinja2"),

@@ -35,7 +35,8 @@ def expected() -> set[str]:
     page = {f"txopt/page/{file.name}" for file in (package / "page").iterdir() if file.is_file()}
     own = {f"txopt/{file.name}" for file in package.iterdir() if file.is_file()} | page
     linked = (file.relative_to(ROOT) for folder in LINKED for file in (ROOT / folder).rglob("*.py"))
-    return own | {f"txopt/{file.as_posix()}" for file in linked}
+    shared = {file.relative_to(ROOT / "src").as_posix() for file in (ROOT / "src/optimum").rglob("*.py")}
+    return own | shared | {f"txopt/{file.as_posix()}" for file in linked}
 
 
 def test_the_wheel_holds_every_module(built: Path) -> None:

@@ -34,7 +34,10 @@ Threads = Annotated[int | None, typer.Option(help="engine threads; one per core 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(help="a checkpoint's directory, a hub id, or package.module:factory")],
+    source: Annotated[
+        str,
+        typer.Argument(help="a checkpoint's directory, a hub id, package.module:factory, or a folder Optimum exported"),
+    ],
     out: Annotated[Path, typer.Argument(help="the directory to make")],
     target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
@@ -243,12 +246,12 @@ def root(
         raise typer.Exit
 
 
-def main() -> None:
-    """The entry point: runs a command, turns errors into messages and exit codes."""
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: runs a command, turns errors into messages and exit codes; ``arguments`` None: the process's own."""
     from txopt.console import fail
 
     try:
-        app(standalone_mode=True)
+        app(arguments, standalone_mode=True)
     except TxoptError as err:
         sys.exit(fail(err))
     except BrokenPipeError:

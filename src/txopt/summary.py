@@ -3,7 +3,7 @@
 from typing import Any
 
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.parity import ParityReport
+from txopt.runtime.parity import ParityReport, reference_of
 
 
 def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
@@ -25,7 +25,7 @@ def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
                 continue
             lines.append(f"    {operator}: {report['fused']} fused by pattern, {len(report['refused'])} refused")
             lines += [f"      {reason}" for reason in (*report["refused"], *_proof(report))]
-    lines.append("  " + _parity_line(manifest.parity))
+    lines.append("  " + _parity_line(manifest.parity, reference_of(manifest.source)))
     document = {
         "path": str(artifact.path),
         "kind": manifest.kind,
@@ -43,7 +43,7 @@ def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
 
 def of_parity(report: ParityReport) -> str:
     """The report of a replay in lines."""
-    lines = [_parity_line(report.certificate())]
+    lines = [_parity_line(report.certificate(), report.reference)]
     lines += [f"  {search}: {result}" for search, result in report.ids.items()]
     lines += [f"  near-tie: {tie}" for tie in report.near_ties]
     lines += [f"  {what} changes logits by at most {value:.1e}" for what, value in report.invariance.items()]
@@ -148,12 +148,13 @@ _MOST_RUNS = 40
 _HEADLINES = ("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm")
 
 
-def _parity_line(certificate: dict[str, Any]) -> str:
+def _parity_line(certificate: dict[str, Any], reference: str) -> str:
     worst = max(certificate["errors"].values(), default=0.0)
     verdict = "verified" if certificate["passed"] else "NOT verified"
     count = len({name.partition("/")[0] for name in certificate["errors"]})
     return (
-        f"{verdict} against PyTorch: {count} cases, largest error {worst:.1e} (allowed {certificate['tolerance']:.0e})"
+        f"{verdict} against {reference}: {count} cases, largest error {worst:.1e} "
+        f"(allowed {certificate['tolerance']:.0e})"
     )
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from txopt.exporter import foreign, foreign_parity, onnx_file
+from txopt.exporter import child, foreign, foreign_parity, onnx_file
 from txopt.exporter.difference import difference
 from txopt.runtime.errors import ArtifactError, ParityError, SourceError, TxoptError
 
@@ -94,9 +94,9 @@ def test_every_opset_of_the_range_is_converted(opset: int, tmp_path: Path) -> No
     model = proto(nodes, opset=opset)
     model.graph.initializer.append(numpy_helper.from_array(np.array([-1]), "axes"))
     file = saved(model, tmp_path)
-    opened = onnx_file.parse(file)
-    onnx_file.check(opened, file)
-    converted = onnx_file.convert(file, opened)
+    onnx_file.check(onnx_file.parse(file), file)
+    converted = onnx_file.load(file)
+    onnx_file.convert(converted, file)
     onnx_file.clean(converted)
     assert converted.opset_imports == {"": 24}
     assert foreign_parity_of(file, converted, tmp_path)["largest_error"] < 1e-5
@@ -233,7 +233,7 @@ def test_a_crash_of_native_code_is_a_message(tmp_path: Path, monkeypatch: pytest
     python.write_text('#!/bin/sh\necho \'{"stage": "convert"}\'\nkill -SEGV $$\n')
     python.chmod(0o755)
     file = saved(proto(), tmp_path)
-    monkeypatch.setattr(foreign.sys, "executable", str(python))
+    monkeypatch.setattr(child.sys, "executable", str(python))
     with pytest.raises(SourceError, match=r"whose convert ended its process \(signal 11\)"):
         foreign.optimize(file, tmp_path / "out")
     assert left(tmp_path) == {"python", "in.onnx"}
@@ -241,7 +241,7 @@ def test_a_crash_of_native_code_is_a_message(tmp_path: Path, monkeypatch: pytest
 
 def test_a_process_that_does_not_start_is_our_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = saved(proto(), tmp_path)
-    monkeypatch.setattr(foreign.sys, "executable", "/bin/false")
+    monkeypatch.setattr(child.sys, "executable", "/bin/false")
     with pytest.raises(TxoptError, match="did not start") as raised:
         foreign.optimize(file, tmp_path / "out")
     assert raised.value.exit_code == 1

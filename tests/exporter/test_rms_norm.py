@@ -20,9 +20,14 @@ X = np.random.default_rng(0).normal(size=(2, 3, 8)) * 3
 
 
 class Chain:
-    """T5's norm as PyTorch exports it, node by node; ``half``: float16 around statistics in float32."""
+    """T5's norm as PyTorch exports it, node by node; ``half``: float16 around statistics in float32.
 
-    def __init__(self, *, half: bool = False, exponent: float = 2, axis: int = -1) -> None:
+    ``numerator``: over the root, as TorchScript has it; None: the Reciprocal of PyTorch's newer exporter.
+    """
+
+    def __init__(
+        self, *, half: bool = False, exponent: float = 2, axis: int = -1, numerator: float | None = None
+    ) -> None:
         self.dtype = np.float16 if half else np.float32
         self.constants: dict[str, Array] = {
             "exponent": np.array(exponent, np.float32),
@@ -30,13 +35,15 @@ class Chain:
             "epsilon": np.array(0.01, np.float32),
             "weight": WEIGHT.astype(self.dtype),
         }
+        if numerator is not None:
+            self.constants["numerator"] = np.array(numerator, np.float32)
         wide, narrow = ("wide", "narrow") if half else ("x", "scaled")
         chain: list[tuple[str, Sequence[str], str]] = [
             ("Pow", (wide, "exponent"), "squared"),
             ("ReduceMean", ("squared", "axes"), "mean"),
             ("Add", ("mean", "epsilon"), "shifted"),
             ("Sqrt", ("shifted",), "root"),
-            ("Reciprocal", ("root",), "inverse"),
+            ("Reciprocal", ("root",), "inverse") if numerator is None else ("Div", ("numerator", "root"), "inverse"),
             ("Mul", (wide, "inverse"), "scaled"),
             ("Mul", ("weight", narrow), "y"),
         ]
@@ -86,6 +93,16 @@ def test_a_norm_fuses_and_says_the_same(half: bool, atol: float) -> None:
     assert after.dtype == before.dtype == chain.dtype
     np.testing.assert_allclose(after, before, rtol=0, atol=atol)
     np.testing.assert_allclose(after, by_formula(x, chain.constants["weight"]), rtol=0, atol=atol)
+
+
+def test_one_over_the_root_is_its_reciprocal_and_two_is_not() -> None:
+    chain, model = Chain(numerator=1), Chain(numerator=1).model()
+    assert fuse(model).fused == 1
+    np.testing.assert_allclose(
+        run(model, {"x": X.astype(np.float32)})[0], by_formula(X, chain.constants["weight"]), atol=1e-5
+    )
+    other = fuse(Chain(numerator=2).model())
+    assert (other.fused, len(other.refused)) == (0, 1)
 
 
 def test_the_statistics_of_half_precision_stay_in_float32() -> None:
