@@ -5,7 +5,7 @@ It knows nothing of the graphs but their inputs and outputs, and which inputs ar
 
 import ast
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,15 @@ def prove(original: Path, optimized: Path, model: ir.Model) -> dict[str, Any]:
         ParityError: they differ by more than the tolerance, in shape, in integers, or in which numbers are finite.
         SourceError: ONNX Runtime runs the original on none of the sizes tried.
     """
-    runs: list[dict[str, Any]] = []
-    not_run: list[dict[str, int]] = []
-    kind, largest, problems, refusals = precision(model), 0.0, [], []
-    before = _opened(original, f"{original}: expected a graph that ONNX Runtime opens")
+    asked = _asked(original, model)
+    if not asked.answers:
+        title = f"{original}: expected a graph that runs on random inputs, found none that it takes, so nothing can be proved:"
+        raise SourceError(explain(title, asked.refusals[-2:]))
+    kind, largest, runs, problems = precision(model), 0.0, [], []
     after = _opened(optimized, f"{original}: expected operators that ONNX Runtime knows in opset {OPSET} too")
-    for sizes, feeds in _drawn(model):
+    for sizes, drawn, expected in asked.answers:
         try:
-            expected = _answer(before, feeds)
-        except TxoptError as err:
-            refusals.append(f"{_text(sizes)}: {err}")
-            not_run.append(sizes)
-            continue
-        try:
-            found = {name: after.array(value) for name, value in after.run(feeds).items()}
+            found = {name: after.array(value) for name, value in after.run(drawn).items()}
         except TxoptError as err:
             raise ParityError(
                 f"the optimized graph does not run where {original} does ({_text(sizes)}): {err}"
@@ -79,17 +74,14 @@ def prove(original: Path, optimized: Path, model: ir.Model) -> dict[str, Any]:
         for name, error in errors.items():
             if not error <= TOLERANCE[kind]:
                 problems.append(f"{name} deviates by {error:.3g}, allowed {TOLERANCE[kind]:.3g} ({_text(sizes)})")
-        runs.append({"sizes": sizes, "error": max(errors.values(), default=0.0)})
-        largest = max(largest, max(errors.values(), default=0.0))
-        if len(runs) == _SETS:
-            break
+        worst = max(errors.values(), default=0.0)
+        largest = max(largest, worst)
+        runs.append({"sizes": sizes, "error": worst})
     if problems:
         title = f"the optimized graph does not say what {original} says; nothing was written:"
         raise ParityError(explain(title, problems[:_MOST_PROBLEMS]))
-    if not runs:
-        title = f"{original}: expected a graph that runs on random inputs, found none that it takes, so nothing can be proved:"
-        raise SourceError(explain(title, refusals[-2:]))
-    return {"precision": kind, "tolerance": TOLERANCE[kind], "largest_error": largest, "runs": runs, "not_run": not_run}
+    certificate = {"precision": kind, "tolerance": TOLERANCE[kind], "largest_error": largest}
+    return {**certificate, "runs": runs, "not_run": asked.not_run}
 
 
 def feeds(original: Path, model: ir.Model) -> list[dict[str, Array]]:
@@ -98,18 +90,34 @@ def feeds(original: Path, model: ir.Model) -> list[dict[str, Array]]:
     Raises:
         SourceError: ONNX Runtime does not open the file, or it has inputs that cannot be drawn.
     """
-    runner, answered = _opened(original, f"{original}: expected a graph that ONNX Runtime opens"), []
-    for _, drawn in _drawn(model):
-        with suppress(TxoptError):
-            _answer(runner, drawn)
-            answered.append(drawn)
-        if len(answered) == _SETS:
+    return [drawn for _, drawn, _ in _asked(original, model).answers]
+
+
+@dataclass
+class _Asked:
+    """(sizes, feeds, answers) of the sets that the original answers; the sizes of those that it does not, and what it said."""
+
+    answers: list[tuple[dict[str, int], dict[str, Array], dict[str, Array]]] = field(default_factory=list)
+    not_run: list[dict[str, int]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+
+def _asked(original: Path, model: ir.Model) -> _Asked:
+    """What the original says; it is closed again before anything else is opened, for each holds all its weights."""
+    runner, asked = _opened(original, f"{original}: expected a graph that ONNX Runtime opens"), _Asked()
+    for sizes, drawn in _drawn(model):
+        try:
+            asked.answers.append((sizes, drawn, _answer(runner, drawn)))
+        except TxoptError as err:
+            asked.refusals.append(f"{_text(sizes)}: {err}")
+            asked.not_run.append(sizes)
+        if len(asked.answers) == _SETS:
             break
-    return answered
+    return asked
 
 
 def _answer(runner: Runner, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    answers = {name: runner.array(value) for name, value in runner.run(feeds).items()}
+    answers = {name: np.array(runner.array(value)) for name, value in runner.run(feeds).items()}  # they outlive it
     _check_finite(answers)
     return answers
 

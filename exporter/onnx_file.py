@@ -15,6 +15,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer, version_converter
 
 from txopt.exporter.graph import FOLD_LIMIT, transpose_weights
+from txopt.exporter.onnx_weights import skeleton
 from txopt.exporter.weights import INLINE_BYTES
 from txopt.runtime.errors import SourceError, explain
 
@@ -27,14 +28,14 @@ _LENGTHS = 8  # elements: equal axes, shapes and scalars are made one, weights t
 
 
 def parse(path: Path) -> onnx.ModelProto:
-    """The file without its external data.
+    """The file without its large weights, which it names as external data: of itself, or of the file that has them.
 
     Raises:
         SourceError: it is no ONNX file, or not a whole one.
     """
     expected = "expected an ONNX file"
     try:
-        proto = onnx.load(path, load_external_data=False, format="protobuf")
+        proto = onnx.ModelProto.FromString(skeleton(path))
     except OSError as err:
         raise SourceError(f"{path}: cannot be read: {err.strerror or err}") from err
     except Exception as err:  # protobuf's own, which depends on how it was built
@@ -55,14 +56,27 @@ def check(proto: onnx.ModelProto, path: Path) -> None:
         shown = [*problems[:_FEW], *([f"and {len(problems) - _FEW} more"] if len(problems) > _FEW else [])]
         raise SourceError(explain(f"{path}: cannot be processed:", shown))
     try:
-        onnx.checker.check_model(path)  # by its path: it then looks for external data itself
+        onnx.checker.check_model(_emptied(proto))
     except onnx.checker.ValidationError as err:
         raise SourceError(f"{path}: expected a valid ONNX graph, found: {str(err).strip()}; export it again") from err
 
 
+def _emptied(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose external tensors have no elements: the checker would look for their files, which was done."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for tensor in tensors(copy):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.dims[:] = [0]
+    return copy
+
+
 def load(path: Path) -> ir.Model:
     """The model as it is in the file; its large weights stay there until they are asked for."""
-    model = ir.load(path)
+    model = ir.from_proto(parse(path))
+    ir.external_data.set_base_dir(model.graph, path.absolute().parent)
     if "ai.onnx" in model.opset_imports:
         model.opset_imports[""] = model.opset_imports.pop("ai.onnx")
     passes.RemoveInitializersFromInputsPass()(model)  # ir_version 3 had all weights there
