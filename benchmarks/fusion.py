@@ -1,8 +1,8 @@
 """Who fuses what: ``python -m txopt.benchmarks.fusion [--models BART,T5] [--out FILE.json]``.
 
 Fourteen architectures, small and with random weights, by each road to a graph: txopt's own export, torch.onnx (dynamo), torch.onnx
-(TorchScript) and Optimum (``--optimum DIR``, which holds a folder of files for each name in lower case). In each file of a foreign
-road the attention blocks and norms that each tool fuses are counted; txopt's answer counts only with its proof that the file still
+(TorchScript) and the folders of Optimum that the tests keep (T5, BART, Marian, Whisper). In each file of a foreign road the
+attention blocks and norms that each tool fuses are counted; txopt's answer counts only with its proof that the file still
 says the same. A road that cannot be gone says why.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -19,12 +20,20 @@ from txopt.benchmarks.foreign_models import EXPORTERS, NAMES, Model, Size, build
 from txopt.benchmarks.fusers import TOOLS, attention, norms
 
 SIZE = Size()
+ROADS = {
+    "txopt": "By `txopt export`:",
+    "dynamo": "In files of `torch.onnx.export(dynamo=True)`:",
+    "torchscript": "In files of `torch.onnx.export(dynamo=False)`:",
+    "optimum": "In folders that Optimum exported (txopt the whole folder, the others its encoder and its decoder without past):",
+}
+FOLDERS = Path(__file__).resolve().parents[1] / "tests" / "data" / "optimum"
+MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 LIMIT = 300  # seconds for one tool and file
 
 Cell = dict[str, Any]
 
 
-def measure(names: list[str], optimum: Path | None) -> dict[str, Any]:
+def measure(names: list[str], optimum: Path) -> dict[str, Any]:
     """By architecture: what it has, and what was fused in each road's files."""
     table = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -36,21 +45,25 @@ def measure(names: list[str], optimum: Path | None) -> dict[str, Any]:
                 file = work / f"{name}.{exporter}.onnx"
                 problem = _written(model, exporter, file)
                 roads[exporter] = {tool: {"problem": problem} if problem else _asked(tool, file) for tool in TOOLS}
-            if optimum is not None:
-                roads["optimum"] = _folder(optimum / name.lower())
+            if (archive := optimum / f"{name.lower()}.tar.xz").exists():
+                roads["optimum"] = _folder(archive, work / f"{name}.optimum")
             table[name] = {"blocks": model.blocks, "norms": model.norms, "roads": roads}
             sys.stderr.write(f"{name}: {json.dumps(roads)}\n")
     return table
 
 
 def _ours(model: Model, work: Path) -> Cell:
+    with quiet():
+        model.module.model.save_pretrained(work / "checkpoint")
+    return _exported(work / "checkpoint", work / "out")
+
+
+def _exported(source: Path, out: Path) -> Cell:
     from txopt.exporter.pipeline import export
     from txopt.runtime.errors import TxoptError
 
-    with quiet():
-        model.module.model.save_pretrained(work / "checkpoint")
     try:
-        artifact = export(work / "checkpoint", work / "out")
+        artifact = export(source, out)
     except TxoptError as err:
         return {"problem": _short(err)}
     total: Counter[str] = Counter()
@@ -68,8 +81,8 @@ def _written(model: Model, exporter: str, file: Path) -> str | None:
     return None
 
 
-def _asked(tool: str, file: Path) -> Cell:
-    command = [sys.executable, "-m", "txopt.benchmarks.fusers", tool, str(file), str(SIZE.heads), str(SIZE.width)]
+def _asked(tool: str, file: Path, heads: int = SIZE.heads, width: int = SIZE.width) -> Cell:
+    command = [sys.executable, "-m", "txopt.benchmarks.fusers", tool, str(file), str(heads), str(width)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     except subprocess.TimeoutExpired:
@@ -80,18 +93,24 @@ def _asked(tool: str, file: Path) -> Cell:
     return found
 
 
-def _folder(folder: Path) -> dict[str, Cell]:
-    """Sums over the files of one Optimum folder; what a block is counted for in several of them is counted several times."""
-    files = sorted(folder.glob("*.onnx"))
-    if not files:
-        return {tool: {"problem": f"no folder {folder.name}"} for tool in TOOLS}
-    answers = {tool: [_asked(tool, file) for file in files] for tool in TOOLS}
-    sums = {}
-    for tool, cells in answers.items():
-        problems = [cell["problem"] for cell in cells if "problem" in cell]
+def _folder(archive: Path, work: Path) -> dict[str, Cell]:
+    """What txopt makes of a folder as a whole, and what the others fuse in its encoder and its decoder over a whole sequence."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(work, filter="data")
+    folder = next(path.parent for path in work.rglob("config.json"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    heads = config.get("num_heads") or config["encoder_attention_heads"]
+    cells = {"txopt": _exported(folder, work / "out")}
+    for tool in list(TOOLS)[1:]:
+        answers = [
+            _asked(tool, folder / f"{part}_model.onnx", heads, config["d_model"]) for part in ("encoder", "decoder")
+        ]
+        problems = [answer["problem"] for answer in answers if "problem" in answer]
         keys = ("attention", "norms", "nodes")
-        sums[tool] = {"problem": problems[0]} if problems else {key: sum(cell[key] for cell in cells) for key in keys}
-    return sums
+        cells[tool] = (
+            {"problem": problems[0]} if problems else {key: sum(cell[key] for cell in answers) for key in keys}
+        )
+    return cells
 
 
 def _short(reason: object) -> str:
@@ -106,23 +125,41 @@ def page(table: dict[str, Any]) -> str:
 
 
 def _table(table: dict[str, Any], key: str, title: str) -> str:
-    columns = [("txopt", "txopt")] + [(road, tool) for road in (*EXPORTERS, "optimum") for tool in TOOLS]
-    columns = [(road, tool) for road, tool in columns if any(road in row["roads"] for row in table.values())]
-    head = ["model", *(f"{road}: {tool}" if road != "txopt" else "txopt's own export" for road, tool in columns)]
-    lines = [f"### {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, row in table.items():
-        whole = row["blocks"] if key == "attention" else row["norms"]
-        cells = [row["roads"].get(road, {}).get(tool, {}) for road, tool in columns]
-        said = [f"{cell[key]} of {whole}" if key in cell else "fails" if "problem" in cell else "" for cell in cells]
-        lines.append("| " + " | ".join([name, *said]) + " |")
-    return "\n".join(lines)
+    """One table a road: architectures down, tools across."""
+    parts = [f"### {title}"]
+    for road in ("txopt", *EXPORTERS, "optimum"):
+        rows = {name: row for name, row in table.items() if road in row["roads"]}
+        if not rows:
+            continue
+        tools = list(next(iter(rows.values()))["roads"][road])
+        head = ["", *(tools if road != "txopt" else ["fused"])]
+        lines = [ROADS[road], "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for name, row in rows.items():
+            whole = row["blocks"] if key == "attention" else row["norms"]
+            cells = [row["roads"][road][tool] for tool in tools]
+            said = [f"{cell[key]} of {whole}" if key in cell else "fails" for cell in cells]
+            lines.append("| " + " | ".join([name, *said]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def put(text: str, file: Path) -> None:
+    """``text`` between the two marks in ``file``."""
+    before, _, rest = file.read_text("utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise SystemExit(f"{file}: expected the marks {MARKS[0]} and {MARKS[1]}")
+    file.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(NAMES), help="some of them, by comma")
-    parser.add_argument("--optimum", type=Path, help="a directory of folders that optimum-onnx made")
+    parser.add_argument(
+        "--optimum", type=Path, default=FOLDERS, help="where NAME.tar.xz of folders by optimum-onnx lie"
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON there")
+    parser.add_argument("--page", type=Path, help="put the tables between the marks of this Markdown file")
     parser.add_argument("--from", dest="earlier", type=Path, help="print the page of an earlier JSON, measure nothing")
     arguments = parser.parse_args()
     table = (
@@ -131,6 +168,8 @@ def main() -> None:
         else measure(arguments.models.split(","), arguments.optimum)
     )
     sys.stdout.write(page(table) + "\n")
+    if arguments.page:
+        put(page(table), arguments.page)
     if arguments.out:
         arguments.out.write_text(json.dumps(table, indent=2) + "\n", "utf-8")
 

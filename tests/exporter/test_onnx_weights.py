@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from txopt.exporter import onnx_file
 from txopt.exporter.onnx_weights import LARGE, skeleton
 
 WEIGHT = np.arange(LARGE // 4, dtype=np.float32)
@@ -69,3 +70,14 @@ def test_noise_is_no_message(tmp_path: Path, noise: bytes) -> None:
     except ValueError:
         return
     assert content == noise, "a message of fields that nobody knows is left to the parser"
+
+
+def test_large_constants_of_nodes_are_found_after_their_opset_changed(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    proto = model()
+    proto.opset_import[0].version = 13
+    onnx.save(proto, path)
+    loaded = onnx_file.load(path)
+    onnx_file.convert(loaded, path)
+    constants = [node.attributes["value"].as_tensor() for node in loaded.graph if node.op_type == "Constant"]
+    assert [tensor.numpy().tolist() for tensor in constants] == [(WEIGHT + 2).tolist()]
