@@ -16,11 +16,12 @@ def of_file(proto: onnx.ModelProto, path: Path) -> dict[str, Any]:
     """What is in the file, as it is."""
     graph = proto.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    files = sorted({place for tensor in tensors(proto) if (place := external(tensor).get("location"))})
-    beside = [path.parent / file for file in files if (path.parent / file).is_file()]
+    files = {place for tensor in tensors(proto) if (place := external(tensor).get("location"))}
+    files.discard(path.name)  # its own weights, which were left where they are
+    beside = [path.parent / file for file in sorted(files) if (path.parent / file).is_file()]
     return {
         "bytes": path.stat().st_size + sum(file.stat().st_size for file in beside),
-        "external_data": files,
+        "external_data": sorted(files),
         "ir_version": proto.ir_version,
         "opset": opset(proto),
         "producer": f"{proto.producer_name} {proto.producer_version}".strip(),

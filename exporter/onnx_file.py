@@ -95,9 +95,8 @@ def convert(model: ir.Model, path: Path) -> None:
     """
     found = model.opset_imports.get("")
     version_converter.convert_version(model, OPSET, fallback=True)
-    ir.external_data.set_base_dir(
-        model.graph, path.absolute().parent
-    )  # large constants of nodes come back without theirs
+    # Large constants of nodes come back without theirs.
+    ir.external_data.set_base_dir(model.graph, path.absolute().parent)
     if model.opset_imports.get("") != OPSET:
         raise SourceError(
             f"{path}: is of opset {found} and holds operators that cannot be brought to {OPSET}; export it with opset 17 or newer"

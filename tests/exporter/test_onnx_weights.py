@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from txopt.exporter import onnx_file
+from txopt.exporter import description, onnx_file
 from txopt.exporter.onnx_weights import LARGE, skeleton
 
 WEIGHT = np.arange(LARGE // 4, dtype=np.float32)
@@ -81,3 +81,10 @@ def test_large_constants_of_nodes_are_found_after_their_opset_changed(tmp_path: 
     onnx_file.convert(loaded, path)
     constants = [node.attributes["value"].as_tensor() for node in loaded.graph if node.op_type == "Constant"]
     assert [tensor.numpy().tolist() for tensor in constants] == [(WEIGHT + 2).tolist()]
+
+
+def test_no_other_file_is_named_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(model(), path)
+    document = description.of_file(onnx_file.parse(path), path)
+    assert (document["external_data"], document["bytes"]) == ([], path.stat().st_size)
