@@ -35,7 +35,7 @@ clean:
 
 .venv/.installed-test: $(INPUTS) $(THIRDPARTY) | $(BIN)/python
 	$(INSTALL) torch
-	$(INSTALL) -e '.[export,audio,image,test]'
+	$(INSTALL) -e '.[export,audio,image,optimum,test]'
 	$(INSTALL) --no-deps -r $(THIRDPARTY)
 	touch .venv/.installed-demo $@
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("optimum.commands.optimum_cli", reason='needs pip install "txopt[optimum]"')
-
 ROOT = Path(__file__).parents[1]
 
 
