@@ -36,7 +36,8 @@ def measure(
         ParityError: the peer generated other ids; then no time is worth anything.
     """
     if min(*settings.batches, settings.source_length, settings.new_tokens, settings.repeats) < 1:
-        raise UsageError(f"batch sizes, lengths and repeats must be at least 1, got {asdict(settings)}")
+        given = ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
+        raise UsageError(f"batch sizes, lengths and repeats must be at least 1, got {given}")
     model = load(path, threads=settings.threads)
     if model.manifest.kind == "encoder":
         raise UsageError("bench measures generate(); this artifact is an encoder alone")

@@ -52,11 +52,18 @@ def load(source: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) ->
     if directory.is_dir():
         return _checkpoint(directory, str(directory.name), dtype, trust_remote_code)
     text = str(source)
+    if text.endswith(".onnx"):
+        raise SourceError(
+            f"{text}: expected a model, found the name of a graph; txopt optimize fuses a single .onnx file, and of what Optimum "
+            "exported the whole folder is taken"
+        )
     if _FACTORY.fullmatch(text):
         module, path = _call_factory(text)
         return _custom(open_module(_cast(module, dtype)), text, path)
     if directory.exists() or not _HUB_ID.fullmatch(text):
-        raise SourceError(f"{text}: expected a checkpoint's directory, a hub id, or package.module:factory")
+        raise SourceError(
+            f"{text}: expected a checkpoint's directory, a hub id, or package.module:factory, or a folder that Optimum exported"
+        )
     return _checkpoint(_cached(text), text, dtype, trust_remote_code)
 
 

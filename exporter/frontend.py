@@ -249,6 +249,22 @@ def _speech_tokens(source: Path, frontend: Frontend, staging: Path) -> None:
         frontend |= {"no_timestamps_token_id": silent, "timestamp_begin": silent + 1}
 
 
+def check_images(frontend: Frontend, expected: tuple[Any, Any]) -> None:
+    """Warns where the processor makes images of another height and width than the graph's fixed ones, ``expected``."""
+    key = next(
+        (key for step, key in (("do_center_crop", "crop_size"), ("do_resize", "size")) if frontend.get(step)), None
+    )
+    size = frontend.get(key or "", {})
+    made = size.get("height"), size.get("width")
+    if None not in made and made != expected:
+        logger.warning(
+            "the processor makes images of %s x %s (height x width), the model takes %s x %s: its images will be refused; "
+            "correct preprocessor_config.json, or give arrays",
+            *made,
+            *expected,
+        )
+
+
 def _image(source: Path) -> Frontend | None:
     """The steps of a plain image processor, or None where there is none or it has steps of its own."""
     if not _processor(source, "image_processor"):

@@ -255,9 +255,21 @@ def _read(architecture: Any, directory: Path, config: Any, dtype: torch.dtype) -
     )
     if wanting:
         raise SourceError(explain(f"{directory} lacks weights that config.json asks for:", wanting[:12]))
+    if (unread := sorted(report["unexpected_keys"])) and not _embeds(architecture, config):
+        logger.warning(
+            "%s holds weights that %s does not read: %s; is its config.json the one it was trained with?",
+            directory.name,
+            architecture.__name__,
+            ", ".join(unread[:8]) + (f" and {len(unread) - 8} more" if len(unread) > 8 else ""),
+        )
     make_tables(module, dtype)
     found: PreTrainedModel = module
     return found
+
+
+def _embeds(architecture: Any, config: Any) -> bool:
+    """Whether only the body of what the checkpoint holds was asked for; its head is left out, and that was said."""
+    return architecture.__name__ not in (config.architectures or [architecture.__name__])
 
 
 def _prepare(module: PreTrainedModel, family: Family) -> Any:

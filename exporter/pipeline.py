@@ -15,7 +15,7 @@ from txopt import __version__
 from txopt.exporter import checkpoint, fusion, graph, optimum, proof_feeds, reference, weights
 from txopt.exporter.case_plan import plans
 from txopt.exporter.checkpoint import Checkpoint
-from txopt.exporter.frontend import collect, collect_files
+from txopt.exporter.frontend import check_images, collect, collect_files
 from txopt.exporter.fusion.proof import Feeds
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.optimum_folder import is_folder
@@ -165,6 +165,9 @@ def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:
     """How inputs are read, and what must hold of them whoever makes them."""
     facts = opened.source.facts
     found = _reader(opened, directory)
+    if found["type"] == "image":
+        height, width = next(item.axes[2:] for item in facts.inputs if item.name == "pixel_values")
+        check_images(found, (height, width))
     if facts.labels is not None:
         found |= {"labels": dict(facts.labels), "scores": facts.scores}
     if facts.kind != "decoder" and any(item.name == "input_ids" for item in facts.inputs):

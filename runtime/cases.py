@@ -131,9 +131,13 @@ def load(directory: Path) -> list[Case]:
         with safe_open(directory / FILE, framework="np") as file:
             index = json.loads((file.metadata() or {})["cases"])
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except (SafetensorError, OSError, KeyError, ValueError) as err:
+        return [_case(entry, tensors) for entry in index]
+    except (SafetensorError, OSError, ValueError) as err:
         raise ArtifactError(f"{directory / FILE} holds no reference cases: {err}") from err
-    return [_case(entry, tensors) for entry in index]
+    except (KeyError, TypeError) as err:
+        raise ArtifactError(
+            f"{directory / FILE} holds no whole reference cases: {err} is missing; export again"
+        ) from err
 
 
 def _case(entry: Mapping[str, Any], tensors: Mapping[str, Array]) -> Case:

@@ -62,7 +62,7 @@ def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]
     for axis, size in zip(item.axes, value.shape, strict=True):
         expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
         if size != expected:
-            return [f"{found} ({axis} is {expected})"]
+            return [found if isinstance(axis, int) else f"{found} ({axis} is {expected} in the inputs before it)"]
     if not integral and not (extreme := np.abs(value).max()) <= np.finfo(_dtype(item)).max:
         return [
             f"{item.name}: expected finite numbers that {item.dtype} holds, got {extreme}; look where they come from"

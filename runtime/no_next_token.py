@@ -32,7 +32,8 @@ def not_a_number(length: int) -> TxoptError:
     """What to raise when a decoder's scores after ``length`` tokens hold NaN, or an infinity that becomes NaN."""
     return TxoptError(
         f"the scores after {length} tokens hold NaN or infinity, so there is no next token: in float16 this is mostly an "
-        "overflow; export with --precision fp32 or bf16, or set remove_invalid_values=True to go on regardless"
+        "overflow, and --precision fp32 or bf16 helps; in float32 the weights or the inputs hold them already; "
+        "remove_invalid_values=True goes on regardless"
     )
 
 

@@ -15,6 +15,7 @@ from txopt.runtime.errors import UsageError, explain
 LENGTHS = ("max_length", "max_new_tokens")
 COLDEST = 1e-30  # temperature: float32 ends at 3e38, so scores up to 3e8 stay finite
 LARGEST = 2**63 - 1  # ids and lengths are int64
+MOST_BEAMS = 4096  # each keeps a cache of its own; nobody searches wider, and memory ends sooner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +279,7 @@ _CONVERTERS: dict[str, Converter] = {
     "min_length": _natural,
     "min_new_tokens": _natural,
     "do_sample": _flag,
-    "num_beams": _count,
+    "num_beams": _integer(1, MOST_BEAMS),
     "num_return_sequences": _count,
     "early_stopping": _early_stopping,
     "length_penalty": _finite,

@@ -78,6 +78,10 @@ class Pipeline:
             sources = [sources]
         if not isinstance(sources, Sequence) or isinstance(sources, (bytes, bytearray)):
             raise InputError(f"expected {_EXPECTED[self.kind]}; got {type(sources).__name__}")
+        if self.kind != "audio":
+            _leave_out(options, ("language", "task"), "speech")
+        if self.kind != "text":
+            _leave_out(options, ("source_language", "target_language"), "text")
         if self.kind == "text":
             source, target = options.pop("source_language", None), options.pop("target_language", None)
             feeds = self._input.encode(sources, source_language=source, target_language=target)
@@ -125,3 +129,14 @@ class Pipeline:
 
     def _settled(self, ids: NDArray[np.int64]) -> str:
         return self.text(ids) if self._text is None else str(self._text.settled(ids))
+
+
+def _leave_out(options: dict[str, Any], names: Sequence[str], kind: str) -> None:
+    """Takes ``names`` that are None out of ``options``.
+
+    Raises:
+        UsageError: one of them is given.
+    """
+    given = [name for name in names if options.pop(name, None) is not None]
+    if given:
+        raise UsageError(f"{given[0]} is for models that read {kind}, which this one does not: leave it out")

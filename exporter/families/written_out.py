@@ -26,7 +26,7 @@ class WrittenOut(nn.Module):
     ) -> tuple[Tensor, None]:
         if attn_prompt is not None:
             raise SourceError(
-                "prompts for attention (MVP's use_prompt) are not supported; turn them off in config.json"
+                "prompts for attention (MVP's use_prompt) are not supported, and without them this is another model"
             )
         inner: Any = self.inner
         cross = key_value_states is not None

@@ -68,8 +68,7 @@ def export(
         )
     from txopt.summary import of_artifact
 
-    document, text = of_artifact(artifact)
-    console.result(document, text)
+    console.result(*of_artifact(artifact, shown=str(out)))
 
 
 @app.command()
@@ -256,6 +255,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(fail(err))
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as err:  # what commands read and write raises errors of ours; this is the output itself
+        print(f"error: the output cannot be written: {err.strerror or err}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; nothing was left half written", file=sys.stderr)
         sys.exit(130)

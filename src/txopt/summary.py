@@ -6,17 +6,20 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.parity import ParityReport, reference_of
 
 
-def of_artifact(artifact: Artifact) -> tuple[dict[str, Any], str]:
-    """(document, text): sizes, operators, fusions, parity."""
+def of_artifact(artifact: Artifact, shown: str | None = None) -> tuple[dict[str, Any], str]:
+    """(document, text): sizes, operators, fusions, parity; ``shown`` is the user's own name for its directory."""
     manifest = artifact.manifest
     sizes = {name: entry.size for name, entry in sorted(manifest.files.items())}
     total = sum(sizes.values())
     lines = [
-        f"{artifact.path}: {manifest.family} ({manifest.kind}, {manifest.task}), {manifest.precision} for {manifest.target}",
+        f"{shown or artifact.path}: {manifest.family} ({manifest.kind}, {manifest.task}), {manifest.precision} for {manifest.target}",
         f"  {total / 1e6:.1f} MB in {len(sizes)} files: "
         + ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items()),
     ]
     for name, fused in manifest.fusion.items():
+        if not is_ours(fused):
+            lines.append(f"  {name}: another writer's report of fusions, shown with --json")
+            continue
         nodes = fused["nodes"]
         kept = ", ".join(f"{count} {operator}" for operator, count in nodes.items() if operator in _HEADLINES)
         lines.append(f"  {name}: {sum(nodes.values())} nodes, of them {kept}")
@@ -148,7 +151,27 @@ _MOST_RUNS = 40
 _HEADLINES = ("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm")
 
 
+def is_ours(fused: Any) -> bool:
+    """Whether a graph's entry of "fusion" is as ``export`` writes it: whoever wrote the artifact may say there what they like."""
+    if not isinstance(fused, dict) or not all(isinstance(fused.get(key), dict) for key in ("nodes", "patterns")):
+        return False
+    counts, reports = fused["nodes"].values(), fused["patterns"].values()
+    return all(isinstance(count, int) for count in counts) and all(
+        isinstance(report, dict) and isinstance(report.get("fused"), int) and isinstance(report.get("refused"), list)
+        for report in reports
+    )
+
+
+def is_certificate(found: Any) -> bool:
+    """Whether "parity" holds what a line about it needs."""
+    errors, tolerance = found.get("errors"), found.get("tolerance")
+    numbers = isinstance(errors, dict) and all(isinstance(error, (int, float)) for error in errors.values())
+    return numbers and isinstance(tolerance, (int, float)) and "passed" in found
+
+
 def _parity_line(certificate: dict[str, Any], reference: str) -> str:
+    if not is_certificate(certificate):
+        return "no certificate of parity that can be read; txopt verify makes one"
     worst = max(certificate["errors"].values(), default=0.0)
     verdict = "verified" if certificate["passed"] else "NOT verified"
     count = len({name.partition("/")[0] for name in certificate["errors"]})

@@ -10,6 +10,7 @@ import torch
 import transformers as t
 from safetensors.numpy import load_file, save_file
 
+from tests.exporter.models import checkpoint
 from txopt.exporter.pipeline import export
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
@@ -21,6 +22,15 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
+
+
+def test_weights_that_nothing_reads_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A config.json that switches a part of the model off makes another model of the same checkpoint."""
+    source = checkpoint("t5", tmp_path)
+    weights = load_file(source / "model.safetensors")
+    save_file({**weights, "prompts.weight": np.zeros(4, np.float32)}, source / "model.safetensors", {"format": "pt"})
+    export(source, tmp_path / "out")
+    assert "does not read: prompts.weight" in caplog.text
 
 
 def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.models.donut.image_processing_pil_donut import DonutImageProce
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from tests import tiny_tokenizers as tiny
-from txopt.exporter.frontend import collect, collect_files
+from txopt.exporter.frontend import check_images, collect, collect_files
 from txopt.runtime.audio import AudioFrontend, decoder_prompt
 from txopt.runtime.errors import SourceError
 from txopt.runtime.image import ImageFrontend
@@ -272,3 +272,28 @@ def test_image_processors_with_steps_of_their_own_take_arrays(
     assert frontend["type"] == "arrays"
     assert frontend["tokenizer"] == "tokenizer.json"
     assert "steps that txopt does not repeat" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("frontend", "warns"),
+    [
+        ({"do_resize": True, "size": {"height": 64, "width": 32}}, True),
+        ({"do_resize": True, "size": {"height": 32, "width": 64}}, False),
+        (
+            {
+                "do_resize": True,
+                "size": {"shortest_edge": 8},
+                "do_center_crop": True,
+                "crop_size": {"height": 8, "width": 8},
+            },
+            True,
+        ),
+        ({"do_resize": True, "size": {"shortest_edge": 32}}, False),
+        ({"do_resize": False}, False),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_told(
+    frontend: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_images(frontend, (32, 64))
+    assert ("the model takes 32 x 64" in caplog.text) == warns

@@ -6,8 +6,9 @@ from pathlib import PurePath
 from typing import Any
 
 from txopt.page.kinds import KINDS, kind_of
+from txopt.runtime.errors import ArtifactError
 from txopt.runtime.manifest import Manifest
-from txopt.summary import megabytes
+from txopt.summary import is_certificate, is_ours, megabytes
 
 _MOST_NODES = 12  # named beside a reason
 _MOST_REASONS = 20
@@ -48,7 +49,15 @@ def of_onnx(document: Mapping[str, Any], picture: Mapping[str, Any]) -> dict[str
 
 
 def of_artifact(manifest: Manifest, path: str, picture: Mapping[str, Any]) -> dict[str, Any]:
-    """The page of an artifact: its manifest, and what ``foreign.stored`` found in its graphs."""
+    """The page of an artifact: its manifest, and what ``foreign.stored`` found in its graphs.
+
+    Raises:
+        ArtifactError: the manifest's reports of fusions and parity are another writer's, which no page is made for.
+    """
+    if not is_certificate(manifest.parity) or not all(map(is_ours, manifest.fusion.values())):
+        raise ArtifactError(
+            f'{path}: expected "fusion" and "parity" as txopt export writes them, found others; inspect it without --html'
+        )
     sizes = {name: entry.size for name, entry in sorted(manifest.files.items())}
     names = [*picture["graphs"]]
     graphs = [_graph(name, picture["graphs"][name]) for name in names]
