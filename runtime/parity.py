@@ -16,6 +16,7 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.cases import Case, lengths, load, log_sum_exp, sample
 from txopt.runtime.errors import ParityError, TxoptError, explain
 from txopt.runtime.model import Model
+from txopt.runtime.options import GenerationOptions
 
 Array = NDArray[Any]
 
@@ -238,7 +239,9 @@ def _searched(
 ) -> None:
     """Generated ids against PyTorch's, row by row; a difference counts as proven only at a near-tie."""
     expected = case.generated[search]
-    got = model.generate(**case.inputs, **case.options[search])  # from the start token that the manifest says
+    start = {} if model.manifest.kind == "decoder" else {"decoder_input_ids": expected[:, :1]}
+    failures += _start_problems(model, case, search)
+    got = model.generate(**case.inputs, **start, **case.options[search])
     allowed = 2 * tolerance * max(1.0, float(np.abs(case.expected["logits"]).max()))
     agree = 0
     for row, (want, have) in enumerate(zip(expected, got.sequences, strict=True)):
@@ -259,6 +262,15 @@ def _searched(
                 f"{where}: expected id {_at(want, differs)}, got {_at(have, differs)}, and this is no near-tie: {what} {found} apart"
             )
     ids[f"{case.name}/{search}"] = f"{agree} of {len(expected)} rows equal"
+
+
+def _start_problems(model: Model, case: Case, search: str) -> list[str]:
+    """Where generate() left to itself would start otherwise than the reference; given a start, it is not asked."""
+    said = GenerationOptions.merge(model.manifest.generation, {}).decoder_start_token_id
+    started = sorted(set(case.generated[search][:, 0].tolist()))
+    if model.manifest.kind == "decoder" or said is None or started == [said]:  # None: generate() asks for a start
+        return []
+    return [f'case "{case.name}", {search}: PyTorch starts with id {started[0]}, the manifest says {said}']
 
 
 def _first_difference(want: Array, have: Array) -> int | None:

@@ -183,7 +183,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "an option of speech": (("{artifact}", "--text", "cat", "--language", "de"), "language"),
     "a device there is not": (("{artifact}", "--text", "cat", "--device", "tpu"), "tpu"),
     "a temperature beyond cold": (("{artifact}", "--text", "cat", "--temperature", "1e-320"), "temperature"),
-    "more beams than memory holds": (("{artifact}", "--text", "cat", "--num-beams", "1000000000"), "GiB of memory"),
+    "more beams than there may be": (("{artifact}", "--text", "cat", "--num-beams", "1000000000"), "at most 4096"),
     "a temperature of nought": (("{artifact}", "--text", "cat", "--temperature", "0"), "leave out --temperature"),
     "a temperature below nought": (("{artifact}", "--text", "cat", "--temperature", "-1"), "--temperature -1"),
     "a stream of beams": (("{artifact}", "--text", "cat", "--stream", "--num-beams", "2"), "cannot be streamed"),
