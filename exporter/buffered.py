@@ -5,7 +5,7 @@
                       beams fold into queries
     positions, masks  of the length alone: tables (target_tables.py), read at ``position``
 
-The written-out attention must be ``Attention`` nodes already, and lengths plain (lengths.py). Names and axes are those of
+The written-out attention must be ``Attention`` nodes already, and lengths plain (measured.py). Names and axes are those of
 docs/format.md. Knows no model family.
 """
 
@@ -20,7 +20,7 @@ from onnx_ir.passes import common as passes
 
 from txopt.exporter import target_tables
 from txopt.exporter.graph import integers
-from txopt.exporter.lengths import Kind, Reading, kinds
+from txopt.exporter.measured import Kind, Reading, kinds
 from txopt.runtime.errors import SourceError, explain
 from txopt.runtime.graphs import Axes
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from txopt.exporter.matrix_product import matrix_product
+
 _aten = torch.ops.aten
 
 
@@ -18,25 +20,20 @@ def as_matmul(graph: fx.Graph) -> int:
     """Rewrites ``graph``; gives the number of einsums that became matmuls."""
     found = 0
     for node in [node for node in graph.nodes if node.target is _aten.einsum.default]:
-        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-        left, _, out = equation.partition("->")
-        terms = left.split(",")
-        if len(terms) != 2 or "." in equation or not isinstance(operands, (list, tuple)):
+        product, operands = matrix_product(str(node.args[0])), node.args[1]
+        if product is None or not isinstance(operands, (list, tuple)) or len(operands) != 2:
             continue
-        axes = _axes(terms[0], terms[1], out)
-        if axes is None:
-            continue
-        batch, row, column, inner = axes
+        left, right, out, batch, row, column, inner = product
         with graph.inserting_before(node):
-            a = _permuted(graph, operands[0], terms[0], f"{batch}{row}{inner}")
-            if terms[1][-1] == inner:  # keys: as what writes a matmul has them
-                b = _permuted(graph, operands[1], terms[1], f"{batch}{column}{inner}")
+            a = _permuted(graph, operands[0], left, batch + row + inner)
+            if right[-1] == inner:  # keys: as what writes a matmul has them
+                b = _permuted(graph, operands[1], right, batch + column + inner)
                 b = made(graph, _aten.transpose.int, b, -2, -1)
             else:
-                b = _permuted(graph, operands[1], terms[1], f"{batch}{inner}{column}")
-            product = made(graph, _aten.matmul.default, a, b)
-            result = _permuted(graph, product, f"{batch}{row}{column}", out)
-        for new in {a, b, product, result} - set(operands):
+                b = _permuted(graph, operands[1], right, batch + inner + column)
+            matmul = made(graph, _aten.matmul.default, a, b)
+            result = _permuted(graph, matmul, batch + row + column, out)
+        for new in {a, b, matmul, result} - set(operands):
             new.meta = {**node.meta, "val": new.meta["val"]}
         node.replace_all_uses_with(result)
         graph.erase_node(node)
@@ -49,19 +46,6 @@ def made(graph: fx.Graph, operator: Any, *arguments: Any) -> fx.Node:
     node = graph.call_function(operator, arguments)
     node.meta = {"val": operator(*fx.map_arg(arguments, lambda each: each.meta["val"]))}
     return node
-
-
-def _axes(a: str, b: str, out: str) -> tuple[str, str, str, str] | None:
-    """(batch axes in the order of ``out``, the axis of ``a`` alone, of ``b`` alone, the contracted one)."""
-    if any(len(set(term)) != len(term) for term in (a, b, out)):
-        return None
-    batch = "".join(axis for axis in out if axis in a and axis in b)
-    row, column = (
-        "".join(axis for axis in out if axis in one and axis not in other) for one, other in ((a, b), (b, a))
-    )
-    inner = "".join(axis for axis in a if axis in b and axis not in out)
-    complete = set(a) == set(batch + row + inner) and set(b) == set(batch + column + inner)
-    return (batch, row, column, inner) if complete and len(row) == len(column) == len(inner) == 1 else None
 
 
 def _permuted(graph: fx.Graph, node: fx.Node, term: str, wanted: str) -> fx.Node:

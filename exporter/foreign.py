@@ -4,7 +4,6 @@ Owns what reaches the caller and the disk. The file itself is never parsed here:
 could crash in, in a process of its own.
 """
 
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from txopt.exporter.child import Progress, ask
 from txopt.runtime.errors import ArtifactError, SourceError
-from txopt.runtime.files import read, sync
+from txopt.runtime.files import read
 from txopt.runtime.writer import ArtifactWriter
 
 STAGES = ("read", "convert", "clean", "fuse", "lower", "write", "prove")
@@ -128,17 +127,7 @@ class _FolderWriter(ArtifactWriter):
         Raises:
             ArtifactError: it cannot be written, or something appeared at ``out`` meanwhile.
         """
-        try:
-            for file in (*sorted(self.directory.iterdir()), self.directory):
-                sync(file)
-            self._check_out()
-            self._publish()
-            self._committed = True
-        except OSError as err:
-            raise ArtifactError(f"{self.out}: cannot be written: {err.strerror or err}") from err
-        self._clean()
-        with contextlib.suppress(OSError):
-            sync(self.out.parent)
+        self._put(sorted(self.directory.iterdir()))
 
     def _check_out(self) -> None:
         if not os.path.lexists(self.out):

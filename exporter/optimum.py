@@ -41,6 +41,7 @@ def draft(
     graphs = {name: GraphSpec.from_json(spec, name, problems) for name, spec in made["graphs"].items()}
     cache = CacheSpec.from_json(made["cache"], "cache", problems)
     assert not problems, f"our own child made them: {problems}"
+    frontend = collect(source, made["task"], made["family"], writer.directory, source_limit=made["source_limit"])
     manifest = Manifest(
         kind=made["kind"],
         task=made["task"],
@@ -52,7 +53,7 @@ def draft(
         graphs=graphs,
         cache=cache,
         generation=made["generation"],
-        frontend=collect(source, made["task"], made["family"], writer.directory, source_limit=made["source_limit"]),
+        frontend=frontend | made["source_bounds"],
         fusion=made["fusion"],
         calibration=None,
         parity={},

@@ -34,6 +34,7 @@ def work(task: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         "task": facts.task,
         "family": facts.family,
         "source_limit": facts.source_limit,
+        "source_bounds": facts.source_bounds,
     }
     found["skipped"] = plans(facts)[1]
     if task["target"] is None:

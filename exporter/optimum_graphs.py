@@ -21,7 +21,7 @@ from txopt.exporter.buffered import LOGITS, MASK, MEMORY, TOKENS, Blocks
 from txopt.exporter.fusion import FOREIGN, attention
 from txopt.exporter.fusion.report import NOTHING
 from txopt.exporter.graph import count
-from txopt.exporter.lengths import Kind, Reading, simplify
+from txopt.exporter.measured import Kind, Reading, simplify
 from txopt.exporter.optimum_folder import Folder
 from txopt.exporter.probe import Probe
 from txopt.exporter.source import Facts

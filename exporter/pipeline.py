@@ -170,9 +170,7 @@ def _frontend(opened: Checkpoint, directory: Path) -> dict[str, Any]:
         check_images(found, (height, width))
     if facts.labels is not None:
         found |= {"labels": dict(facts.labels), "scores": facts.scores}
-    if facts.kind != "decoder" and any(item.name == "input_ids" for item in facts.inputs):
-        found |= {"source_vocabulary": facts.source_vocabulary, "source_positions": facts.source_limit}
-    return found
+    return found | facts.source_bounds
 
 
 def _reader(opened: Checkpoint, directory: Path) -> dict[str, Any]:

@@ -44,6 +44,13 @@ class Facts:
     scores: str | None = None  # what makes a classifier's logits scores: "softmax", "sigmoid" or "none" (regression)
 
     @property
+    def source_bounds(self) -> dict[str, int | None]:
+        """What must hold of a source's ids whoever makes them, as the manifest's front end says it; empty where there are none."""
+        if self.kind == "decoder" or not any(item.name == "input_ids" for item in self.inputs):
+            return {}
+        return {"source_vocabulary": self.source_vocabulary, "source_positions": self.source_limit}
+
+    @property
     def padded(self) -> bool:
         return any(item.name == "attention_mask" for item in self.inputs)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from txopt.exporter.lengths import Reading
+from txopt.exporter.measured import Reading
 from txopt.exporter.probe import Probe
 from txopt.runtime.errors import SourceError
 

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -92,7 +92,15 @@ class ArtifactWriter:
             target = self.directory / MANIFEST
             with open(target, "xb") as file:
                 file.write(data)
-            for path in (target, *self.directory.glob(FOLDER), self.directory):
+        except OSError as err:
+            raise ArtifactError(f"{self.out}: cannot be written: {err.strerror or err}") from err
+        self._put((target, *self.directory.glob(FOLDER)))
+        return Artifact(path=self.out, manifest=complete)
+
+    def _put(self, files: Iterable[Path]) -> None:
+        """Makes ``directory`` the one at ``out`` once ``files``, which no one has synced yet, are on the disk."""
+        try:
+            for path in (*files, self.directory):
                 sync(path)
             self._check_out()
             self._publish()
@@ -103,7 +111,6 @@ class ArtifactWriter:
         # It is there: some file systems cannot promise that a new name survives a power cut.
         with contextlib.suppress(OSError):
             sync(self.out.parent)
-        return Artifact(path=self.out, manifest=complete)
 
     def _files(self) -> dict[str, Path]:
         found = listing(self.directory)

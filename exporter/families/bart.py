@@ -1,27 +1,21 @@
 """BART, mBART and MVP: learned positions, stored two rows further down."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from txopt.exporter.families.family import Family, Positions
 from txopt.exporter.families.written_out import wrap
 
-_POSITIONS = (Positions(path="model.decoder.embed_positions", offset=2),)
-
 BART = Family(
     name="bart",
     model_types=("bart",),
-    positions=_POSITIONS,
+    positions=(Positions(path="model.decoder.embed_positions", offset=2),),
     limit="max_position_embeddings",
     source_limit="max_position_embeddings",
 )
 
-MBART = Family(
-    name="mbart",
-    model_types=("mbart",),
-    positions=_POSITIONS,
-    limit="max_position_embeddings",
-    source_limit="max_position_embeddings",
-)
+MBART = replace(BART, name="mbart", model_types=("mbart",))
 
 
 def wrap_attention(module: nn.Module) -> nn.Module:
@@ -31,11 +25,4 @@ def wrap_attention(module: nn.Module) -> nn.Module:
     return module
 
 
-MVP = Family(
-    name="mvp",
-    model_types=("mvp",),
-    positions=_POSITIONS,
-    limit="max_position_embeddings",
-    source_limit="max_position_embeddings",
-    hook=wrap_attention,
-)
+MVP = replace(BART, name="mvp", model_types=("mvp",), hook=wrap_attention)

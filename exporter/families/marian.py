@@ -1,21 +1,15 @@
 """Marian and Pegasus: sinusoidal positions in a table."""
 
-from txopt.exporter.families.family import Family, Positions
+from dataclasses import replace
 
-_POSITIONS = (Positions(path="model.decoder.embed_positions"),)
+from txopt.exporter.families.family import Family, Positions
 
 MARIAN = Family(
     name="marian",
     model_types=("marian",),
-    positions=_POSITIONS,
+    positions=(Positions(path="model.decoder.embed_positions"),),
     limit="max_position_embeddings",
     source_limit="max_position_embeddings",
 )
 
-PEGASUS = Family(
-    name="pegasus",
-    model_types=("pegasus",),
-    positions=_POSITIONS,
-    limit="max_position_embeddings",
-    source_limit="max_position_embeddings",
-)
+PEGASUS = replace(MARIAN, name="pegasus", model_types=("pegasus",))

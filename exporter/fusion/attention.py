@@ -32,20 +32,16 @@ from txopt.exporter.fusion.attention_path import (
     Step,
     after,
     before,
-    broadcasts,
     changes_nothing,
-    differ,
     fill_of,
     guards,
     least,
-    length,
-    number_of,
-    rank_of,
     shapes_of_fills,
     untransposed,
 )
 from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
+from txopt.exporter.fusion.shapes import broadcasts, differ, length, number_of, rank_of
 
 _DROWNING = -1e9  # no score is large enough to show beside it
 

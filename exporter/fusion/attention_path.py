@@ -9,15 +9,13 @@ import ml_dtypes
 import onnx_ir as ir
 
 from txopt.exporter.fusion.algebra import scalar
+from txopt.exporter.fusion.shapes import length, lengths_of
 from txopt.exporter.graph import FOLD_LIMIT
 
 _BEFORE = ("Add", "Sub", "Mul", "Div", "Where", "Max", "Cast", "Identity", "Reshape", "Tanh", "Clip")
 _AFTER = ("Add", "Mul", "Div", "Where", "Cast", "Identity", "Dropout", "Reshape")
 _FARTHEST = 12  # nodes; a path is rarely longer than six
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-
-
-Length = int | tuple[ir.Value, int] | ir.Value  # a number, the length of a value's axis, or whatever a value holds
 
 
 @dataclass(frozen=True)
@@ -159,38 +157,6 @@ def least(dtype: ir.DataType | None) -> float:
     return float(ml_dtypes.finfo(known.numpy()).min)  # type: ignore[no-untyped-call]
 
 
-def rank_of(value: ir.Value) -> int | None:
-    """How many axes ``value`` has, None where neither its shape nor its producer says."""
-    if value.shape is not None:
-        return len(value.shape)
-    node = value.producer()
-    if node is not None and node.op_type == "Transpose" and "perm" in node.attributes:
-        return len(node.attributes["perm"].as_ints())
-    return None
-
-
-def differ(left: ir.Value, right: ir.Value, axis: int) -> bool:
-    """Whether two lengths must be unequal, or one is 1 and the other is not known to be."""
-    first, second = length(left, axis), length(right, axis)
-    return first != second and (1 in (first, second) or (isinstance(first, int) and isinstance(second, int)))
-
-
-def broadcasts(value: ir.Value, result: ir.Value) -> bool:
-    """Whether ``result``, of the same rank as far as that is known, is longer than ``value``; what has no name is taken to fit."""
-    if value.shape is None or result.shape is None or len(value.shape) != len(result.shape):
-        return False
-    return any(
-        differ(value, result, axis) and length(result, axis) is not None and length(value, axis) is not None
-        for axis in range(len(value.shape))
-    )
-
-
-def length(value: ir.Value, axis: int) -> int | str | None:
-    """The number or name of a length; None where it has neither."""
-    dim = None if value.shape is None else value.shape[axis]
-    return dim.value if isinstance(dim, ir.SymbolicDim) else dim
-
-
 def untransposed(kt: ir.Value, rank: int) -> tuple[ir.Value, tuple[int, ...] | None]:
     """The value that K is a Transpose of, and by which permutation; None where it is K."""
     if (k := _behind_three_axes(kt)) is not None:
@@ -224,91 +190,3 @@ def _producer(node: ir.Node | None, op_type: str) -> ir.Node | None:
     """What gives the first input of ``node``, if ``node`` is an ``op_type``."""
     value = node.inputs[0] if node is not None and node.op_type == op_type else None
     return None if value is None else value.producer()
-
-
-def lengths_of(shape: ir.Value | None) -> tuple[Length, ...] | None:
-    """What a shape holds, one by one; None where not even its parts are known."""
-    if shape is None:
-        return None
-    if shape.const_value is not None:
-        return tuple(int(number) for number in shape.const_value.numpy().reshape(-1))
-    node = shape.producer()
-    if node is None or node.inputs[0] is None:
-        return None
-    start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
-    if node.op_type == "Shape":
-        rank = rank_of(node.inputs[0])
-        return None if rank is None else tuple((node.inputs[0], axis) for axis in range(rank))[start:end]
-    parts = [lengths_of(value) for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])]
-    if node.op_type == "Concat":
-        single = [_alone(value) if part is None else part for value, part in zip(node.inputs, parts, strict=True)]
-        return None if None in single else tuple(one for part in single for one in part or ())
-    if node.op_type in ("Squeeze", "Unsqueeze", "Identity") and parts[0] is not None and len(parts[0]) == 1:
-        return parts[0]
-    if node.op_type == "Gather" and parts[0] is not None and (index := scalar(node.inputs[1])) is not None:
-        return parts[0][int(index) :][:1]
-    if node.op_type == "Slice" and parts[0] is not None and len(node.inputs) < 5:
-        first, last = scalar(node.inputs[1]), scalar(node.inputs[2])
-        return None if first is None or last is None else parts[0][int(first) : int(last)]
-    return None
-
-
-def _alone(part: ir.Value | None) -> tuple[Length, ...] | None:
-    """A part of a shape that is one number, computed somehow."""
-    return None if part is None or part.shape is None or part.shape != (1,) else (part,)
-
-
-def number_of(value: ir.Value | None) -> float | None:
-    """The number that ``value`` holds: a constant, or computed from a known length, as TorchScript writes 1 / sqrt(head size)."""
-    number = scalar(value)
-    node = value.producer() if value is not None else None
-    if number is not None or node is None:
-        return number
-    if node.op_type in ("Shape", "Slice", "Gather"):
-        found = lengths_of(value)
-        return _known(found[0]) if found is not None and len(found) == 1 else None
-    if node.op_type not in _ARITHMETIC or any(operand is None for operand in node.inputs[: _ARITHMETIC[node.op_type]]):
-        return None
-    operands = [number_of(operand) for operand in node.inputs[: _ARITHMETIC[node.op_type]]]
-    if any(operand is None or operand <= 0 for operand in operands):
-        return None
-    first, second = operands[0] or 1.0, operands[-1] or 1.0
-    results = {
-        "Sqrt": first**0.5,
-        "Reciprocal": 1 / first,
-        "Mul": first * second,
-        "Div": first / second,
-        "Pow": first**second,
-    }
-    return results.get(node.op_type, first)
-
-
-_ARITHMETIC = {
-    "Cast": 1,
-    "Identity": 1,
-    "Squeeze": 1,
-    "Unsqueeze": 1,
-    "Sqrt": 1,
-    "Reciprocal": 1,
-    "Mul": 2,
-    "Div": 2,
-    "Pow": 2,
-}
-
-
-def _known(found: Length) -> float | None:
-    """A length from ``_lengths`` as a number, also where only the Reshape before says it."""
-    if isinstance(found, int):
-        return float(found)
-    if isinstance(found, ir.Value):
-        return number_of(found)
-    value, axis = found
-    size = length(value, axis)
-    node = value.producer()
-    if isinstance(size, int) or node is None:
-        return float(size) if isinstance(size, int) else None
-    if node.op_type == "Transpose" and node.inputs[0] is not None and "perm" in node.attributes:
-        return _known((node.inputs[0], node.attributes["perm"].as_ints()[axis]))
-    cut = lengths_of(node.inputs[1]) if node.op_type == "Reshape" else None
-    known = cut[axis] if cut is not None else None
-    return float(known) if isinstance(known, int) and known > 0 else None

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from txopt.exporter.fusion.attention_path import least, length, lengths_of, rank_of
+from txopt.exporter.fusion.attention_path import least
 from txopt.exporter.fusion.lengths import origin
 from txopt.exporter.fusion.replace import replace
+from txopt.exporter.fusion.shapes import length, lengths_of, rank_of
 from txopt.exporter.graph import integers
 
 

@@ -12,6 +12,7 @@ from onnx_ir.passes import common as passes
 
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
+from txopt.exporter.matrix_product import matrix_product
 
 _Orders = tuple[list[int], list[int], list[int]]
 
@@ -35,22 +36,14 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
 
 def _orders(equation: str) -> _Orders | None:
     """How the axes of both operands and then of the product must be permuted; None where this is no product of matrices."""
-    operands, _, result = equation.partition("->")
-    left, _, right = operands.partition(",")
-    letters = (left, right, result)
-    if not all(side.isalpha() and len(set(side)) == len(side) for side in letters):
+    found = matrix_product(equation)
+    if found is None:
         return None
-    summed = [letter for letter in left if letter in right and letter not in result]
-    rows = [letter for letter in left if letter not in right]
-    columns = [letter for letter in right if letter not in left]
-    if not len(summed) == len(rows) == len(columns) == 1 or set(result) != set(left + right) - set(summed):
-        return None
-    shared = [letter for letter in result if letter in left and letter in right]
-    product = [*shared, *rows, *columns]
+    batch, row, column, summed = found[3:]
     return (
-        [left.index(letter) for letter in [*shared, *rows, *summed]],
-        [right.index(letter) for letter in [*shared, *summed, *columns]],
-        [product.index(letter) for letter in result],
+        [found.left.index(letter) for letter in batch + row + summed],
+        [found.right.index(letter) for letter in batch + summed + column],
+        [(batch + row + column).index(letter) for letter in found.result],
     )
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from txopt.exporter.fusion.attention_path import Length, length, lengths_of, rank_of
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
+from txopt.exporter.fusion.shapes import Length, length, lengths_of, rank_of
 from txopt.exporter.graph import integers
 
 _SAME_SHAPE = (

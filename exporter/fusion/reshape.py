@@ -8,8 +8,8 @@ together of other values' lengths holds none).
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from txopt.exporter.fusion.attention_path import lengths_of
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
+from txopt.exporter.fusion.shapes import lengths_of
 
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from txopt.exporter.buffered import blocks
 from txopt.exporter.graph import count
-from txopt.exporter.lengths import Kind, Reading, simplify
+from txopt.exporter.measured import Kind, Reading, simplify
 from txopt.exporter.target_tables import SelfMask, rows, self_mask
 from txopt.runtime.errors import SourceError
 
