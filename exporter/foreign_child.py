@@ -14,7 +14,8 @@ from txopt.runtime.errors import TxoptError
 
 def optimize(source: Path, directory: Path, progress: Progress, *, prove: bool = False) -> dict[str, Any]:
     """Writes model.onnx and weights.data into ``directory``, and proves them; gives the report. ``prove``: every fusion alone, too."""
-    from txopt.exporter import foreign_parity, onnx_file, weights
+    from txopt.exporter import foreign_original, foreign_parity, onnx_file, weights
+    from txopt.exporter.fusion import FOREIGN, fuse
     from txopt.exporter.graph import count
     from txopt.exporter.lowering.ort import lower
 
@@ -22,13 +23,20 @@ def optimize(source: Path, directory: Path, progress: Progress, *, prove: bool =
     proto = onnx_file.parse(source)
     onnx_file.check(proto, source)
     facts = {"opset": onnx_file.opset(proto), "nodes_before": len(proto.graph.node)}
-    model, fusions = _fused(source, progress, prove=prove)
+    model = _prepared(source, progress)
+    original = foreign_original.ask(source, model)
+    if original.renamed:
+        model = _prepared(source, progress, original.renamed)
+    progress("fuse")
+    reports = fuse(model, FOREIGN, [answer.feeds for answer in original.answers] if prove else None)
+    fusions = {operator: report.to_json() for operator, report in reports.items()}
     progress("lower")
-    lower(model, foreign_parity.precision(model))
+    precision = foreign_parity.precision(model)
+    lower(model, precision)
     progress("write")
     weights.write({"model": model}, directory)
     progress("prove")
-    parity = foreign_parity.prove(source, directory / "model.onnx", model)
+    parity = foreign_parity.prove(original, directory / "model.onnx", precision)
     nodes = count(model)
     return {**facts, "nodes_after": sum(nodes.values()), "operators": nodes, "fusions": fusions, "parity": parity}
 
@@ -36,14 +44,19 @@ def optimize(source: Path, directory: Path, progress: Progress, *, prove: bool =
 def inspect(source: Path, progress: Progress) -> dict[str, Any]:
     """What is in the file and what would fuse, with the picture of both; where it could not be optimized, ``problem`` says why."""
     from txopt.exporter import description, onnx_file
+    from txopt.exporter.fusion import FOREIGN, fuse
 
     progress("read")
     proto = onnx_file.parse(source)
     document, model = description.of_file(proto, source), None
     try:
         onnx_file.check(proto, source)
-        model, fusions = _fused(source, progress)
-        document |= {"fusions": fusions, "problem": None}
+        model = _prepared(source, progress)
+        progress("fuse")
+        document |= {
+            "fusions": {name: report.to_json() for name, report in fuse(model, FOREIGN).items()},
+            "problem": None,
+        }
     except TxoptError as err:
         document |= {"fusions": None, "problem": str(err)}
     return {"document": document, "picture": description.picture(proto, model)}
@@ -57,18 +70,17 @@ def look(files: dict[str, str], progress: Progress) -> dict[str, Any]:
     return description.stored({name: onnx_file.parse(Path(file)) for name, file in files.items()})
 
 
-def _fused(source: Path, progress: Progress, *, prove: bool = False) -> tuple[Any, dict[str, Any]]:
-    from txopt.exporter import foreign_parity, onnx_file
-    from txopt.exporter.fusion import FOREIGN, fuse
+def _prepared(source: Path, progress: Progress, renamed: Mapping[Any, str] | None = None) -> Any:
+    """The file's graph as fusions want it; ``renamed``: axes whose names it has wrong."""
+    from txopt.exporter import foreign_original, onnx_file
 
     progress("convert")
     model = onnx_file.load(source)
+    foreign_original.rename(model, renamed or {})
     onnx_file.convert(model, source)
     progress("clean")
     onnx_file.clean(model)
-    progress("fuse")
-    reports = fuse(model, FOREIGN, foreign_parity.feeds(source, model) if prove else None)
-    return model, {operator: report.to_json() for operator, report in reports.items()}
+    return model
 
 
 def work(task: Mapping[str, Any], progress: Progress) -> dict[str, Any]:

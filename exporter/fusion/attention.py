@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion.algebra import product
+from txopt.exporter.algebra import product
 from txopt.exporter.fusion.attention_path import (
     Step,
     after,
@@ -41,7 +41,7 @@ from txopt.exporter.fusion.attention_path import (
 )
 from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
-from txopt.exporter.fusion.shapes import broadcasts, differ, length, number_of, rank_of
+from txopt.exporter.shapes import broadcasts, differ, length, number_of, rank_of
 
 _DROWNING = -1e9  # no score is large enough to show beside it
 

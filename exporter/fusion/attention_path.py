@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import ml_dtypes
 import onnx_ir as ir
 
-from txopt.exporter.fusion.algebra import scalar
-from txopt.exporter.fusion.shapes import length, lengths_of
+from txopt.exporter.algebra import scalar
 from txopt.exporter.graph import FOLD_LIMIT
+from txopt.exporter.shapes import length, lengths_of
 
 _BEFORE = ("Add", "Sub", "Mul", "Div", "Where", "Max", "Cast", "Identity", "Reshape", "Tanh", "Clip")
 _AFTER = ("Add", "Mul", "Div", "Where", "Cast", "Identity", "Dropout", "Reshape")

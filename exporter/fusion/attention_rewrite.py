@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from txopt.exporter.fusion.attention_path import least
-from txopt.exporter.fusion.lengths import origin
 from txopt.exporter.fusion.replace import replace
-from txopt.exporter.fusion.shapes import length, lengths_of, rank_of
 from txopt.exporter.graph import integers
+from txopt.exporter.origins import origin
+from txopt.exporter.shapes import length, lengths_of, rank_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> Non
     )
     inputs = [q, k, v]
     if block.terms:
-        inputs.append(_widened(new, block, _joined(new, block, masks), q, k))
+        inputs.append(_widened(new, block, _joined(new, block, masks)))
     precision = {"softmax_precision": int(ir.DataType.FLOAT)} if block.wide else {}
     y = new.add("Attention", inputs, scale=block.scale, **precision)
     if block.ranks[1] == 3 and block.heads is None:
@@ -86,6 +86,15 @@ class _Nodes:
         output.name = f"{name}:0"
         return output
 
+    def length(self, value: ir.Value, axis: int) -> ir.Value:
+        """One length, read where it first appears, so that nothing else reads ``value``."""
+        first = origin((value, axis))
+        if isinstance(first, int):
+            return integers(self.graph, [first])
+        found, place = first if isinstance(first, tuple) else (value, axis)
+        start = place if place >= 0 else place + (rank_of(found) or 0)
+        return self.add("Shape", [found], start=start, end=start + 1)
+
     def number(self, number: float, dtype: ir.DataType) -> ir.Value:
         """A scalar initializer, made once."""
         name = f"attention/{dtype.name.lower()}_{number:g}"
@@ -102,11 +111,7 @@ def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) ->
     if rank == 4:
         return value
     if rank == 5:
-        sizes = [
-            new.add("Shape", [value], start=0, end=1),
-            integers(new.graph, [-1]),
-            new.add("Shape", [value], start=3),
-        ]
+        sizes = [new.length(value, 0), integers(new.graph, [-1]), new.length(value, 3), new.length(value, 4)]
         return new.add("Reshape", [value, new.add("Concat", sizes, axis=0)])
     if heads is None:
         return new.add("Unsqueeze", [value, integers(new.graph, [1])])
@@ -167,7 +172,7 @@ def _added(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataTy
     return mask
 
 
-def _widened(new: _Nodes, block: Block, mask: ir.Value, q: ir.Value, k: ir.Value) -> ir.Value:
+def _widened(new: _Nodes, block: Block, mask: ir.Value) -> ir.Value:
     ends = [(length(term.value, -2), length(term.value, -1)) for term in block.terms if (rank_of(term.value) or 0) >= 2]
     queries, keys = block.lengths
     if (
@@ -177,5 +182,6 @@ def _widened(new: _Nodes, block: Block, mask: ir.Value, q: ir.Value, k: ir.Value
         and keys in {end[1] for end in ends}
     ):
         return mask
-    sizes = [new.add("Shape", [value], start=2, end=3) for value in (q, k)]
+    keys_at = -2 if block.permutation is None else block.permutation[-2]
+    sizes = [new.length(block.q, -2), new.length(block.k, keys_at)]
     return new.add("Expand", [mask, new.add("Concat", sizes, axis=0)])

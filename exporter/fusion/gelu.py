@@ -12,7 +12,7 @@ import math
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion.algebra import Product, close, only_user, product, scalar
+from txopt.exporter.algebra import Product, close, only_user, product, scalar
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion.algebra import only_user, scalar
+from txopt.exporter.algebra import only_user, scalar
 from txopt.exporter.fusion.norm_path import (
     axes_of,
     before_widening,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion.algebra import only_user, product, scalar
+from txopt.exporter.algebra import only_user, product, scalar
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from txopt.exporter.fusion.algebra import scalar
+from txopt.exporter.algebra import scalar
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.graph import integers
+from txopt.exporter.origins import origin
 
 _BY_HEAD = (0, 2, 1, 3)
 
@@ -136,7 +137,7 @@ def _is_weight(value: ir.Value | None, rank: int) -> bool:
 
 def _uncuttable(pack: Pack) -> str | None:
     one_shape = len({projection.reshape.inputs[1] for projection in pack}) == 1
-    if not one_shape and len({_rows_tokens_size(projection.reshape) for projection in pack}) != 1:
+    if not one_shape and len({_rows_tokens_size(projection) for projection in pack}) != 1:
         return "Q, K and V are cut into heads by different shapes"
     sizes, head_sizes = _sizes(pack[0].reshape), {_head_size(projection) for projection in pack}
     if sizes is None or None in head_sizes:
@@ -160,12 +161,10 @@ def _head_size(projection: _Projection) -> int | None:
     return width // heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else None
 
 
-def _rows_tokens_size(reshape: ir.Node) -> object:
+def _rows_tokens_size(projection: _Projection) -> object:
     """What must be equal for Q, K and V, of which each may have its own number of heads; no two are equal where it is not known."""
-    shape = reshape.outputs[0].shape
-    if shape is None or len(shape) != 4 or any(isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in shape):
-        return reshape
-    return shape[0], shape[1], shape[3]
+    cut = projection.reshape.outputs[0]
+    return origin((cut, 0)), origin((cut, 1)), _head_size(projection)
 
 
 def _shared(pack: Pack, packs: Sequence[Pack]) -> str | None:
@@ -219,6 +218,9 @@ def _rewrite(
     by_head = ir.node("Transpose", cut.outputs, attributes={"perm": list(_BY_HEAD)}, name=f"{name}_by_head")
     split_inputs = [by_head.outputs[0], integers(graph, heads)]
     split = ir.node("Split", split_inputs, attributes={"axis": 1}, num_outputs=3, name=f"{name}_split")
+    if pack[0].input is not None and pack[0].input.shape is not None:
+        for node in nodes:
+            node.outputs[0].shape = ir.Shape([*pack[0].input.shape[:-1], sum(widths)])
     # Before the first cut into heads: everything that these nodes read is there, and whoever reads them comes later.
     first = next(node for node in graph if any(node is projection.reshape for projection in pack))
     graph.insert_before(first, [*nodes, shape, cut, by_head, split])

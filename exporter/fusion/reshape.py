@@ -1,4 +1,5 @@
-"""Shape arithmetic that says one thing twice: equal ``Shape`` nodes become one, a ``Reshape`` of a ``Reshape`` only the second.
+"""Shape arithmetic that says one thing twice: equal ``Shape`` nodes become one, a ``Reshape`` of a ``Reshape`` only the second, and
+none is left where a value has that shape already.
 
 Two ``Shape`` nodes are equal where the axes they read have equal names, which the trace gives to equal lengths only. Refused, with
 the node's name: a second ``Reshape`` whose zeros copy lengths of the first (``allowzero`` 0 and a shape that may hold zeros; one put
@@ -9,7 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
-from txopt.exporter.fusion.shapes import lengths_of
+from txopt.exporter.origins import origin
+from txopt.exporter.shapes import lengths_of, rank_of
 
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
@@ -27,8 +29,25 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
         if not report.bars(node):
             report.took(node, node.outputs[0])
             node.replace_input_with(0, inner.inputs[0])
+    for node in [node for node in model.graph if node.op_type == "Reshape"]:
+        x, y = node.inputs[0], node.outputs[0]
+        if x is not None and y.uses() and not y.is_graph_output() and _keeps_shape(node) and not report.bars(node):
+            report.took(node, *(user.outputs[0] for user, _ in y.uses()))
+            y.replace_all_uses_with(x)
     passes.RemoveUnusedNodesPass()(model)
     return report
+
+
+def _keeps_shape(node: ir.Node) -> bool:
+    """Whether every length asked for is the one that is there; -1 is, where all others are."""
+    x, parts = node.inputs[0], lengths_of(node.inputs[1])
+    if x is None or parts is None or rank_of(x) != len(parts):
+        return False
+    copies = "allowzero" not in node.attributes or node.attributes["allowzero"].as_int() == 0
+    asked = [part for part in enumerate(parts) if part[1] != -1 and not (part[1] == 0 and copies)]
+    return len([part for part in parts if part == -1]) < 2 and all(
+        origin(part) == origin((x, axis)) for axis, part in asked
+    )
 
 
 def _share_shapes(graph: ir.Graph) -> None:

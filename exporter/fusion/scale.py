@@ -9,7 +9,7 @@ not survive, and a scaled value that something else reads too, but for its shape
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion.algebra import scalar
+from txopt.exporter.algebra import scalar
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 _ON_THE_WAY = ("Reshape", "Transpose")

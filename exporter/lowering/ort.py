@@ -5,10 +5,12 @@ import numpy as np
 import onnx_ir as ir
 
 from txopt.exporter.graph import integers
+from txopt.exporter.lowering.heads import join_heads
 
 
 def lower(model: ir.Model, precision: str) -> None:
     """Changes ``model`` in place."""
+    join_heads(model)
     _widen_masks(model)
 
 
@@ -56,7 +58,7 @@ def _widen_masks(model: ir.Model) -> None:
 
 def _expanded(graph: ir.Graph, before: ir.Node, query: ir.Value, mask: ir.Value) -> ir.Value:
     one = integers(graph, [1])
-    length = ir.node("Shape", [query], attributes={"start": 2, "end": 3}, name=f"{before.name}/query_length")
+    length = ir.node("Shape", [query], attributes={"start": -2, "end": -1}, name=f"{before.name}/query_length")
     shape = ir.node("Concat", [length.outputs[0], one], attributes={"axis": 0}, name=f"{before.name}/mask_shape")
     expand = ir.node("Expand", [mask, shape.outputs[0]], name=f"{before.name}/mask")
     graph.insert_before(before, [length, shape, expand])

@@ -63,7 +63,8 @@ class Runner:
         path: the .onnx file; its weights lie beside it.
         device: "cpu" or "cuda" ("cuda:1" for another than the first).
         threads: engine threads, None for one per core.
-        as_written: the engine runs the nodes of the graph, without fusions of its own.
+        as_written: the engine runs the nodes of the graph, without fusions of its own, and shares no buffer between values whose
+            axes have the same names: foreign files name lengths alike that are not.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Runner:
             options.add_session_config_entry(key, value)
         if as_written:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_mem_reuse = False
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:

@@ -201,7 +201,7 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
     "five axes, a bias of five and one of two": (
         S5 + "a = Add(s, bias5) b = Add(a, plane) " + P5.format("b"),
         1,
-        {"Shape": 12, "Concat": 6, "Reshape": 5, "Expand": 1, "Add": 1},
+        {"Shape": 13, "Concat": 6, "Reshape": 5, "Expand": 1, "Add": 1},
     ),
     "three axes, cut by known lengths": (
         S3 + "h = Reshape(s, by_known) a = Add(h, bias) j = Reshape(a, joined) " + P3.format("j"),

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from txopt.exporter import child, foreign, foreign_parity, onnx_file
+from txopt.exporter import child, foreign, foreign_original, foreign_parity, onnx_file
 from txopt.exporter.difference import difference
 from txopt.runtime.errors import ArtifactError, ParityError, SourceError, TxoptError
 
@@ -104,7 +104,7 @@ def test_every_opset_of_the_range_is_converted(opset: int, tmp_path: Path) -> No
 
 def foreign_parity_of(file: Path, model: ir.Model, folder: Path) -> dict[str, Any]:
     ir.save(model, folder / "new.onnx")
-    return foreign_parity.prove(file, folder / "new.onnx", model)
+    return foreign_parity.prove(foreign_original.ask(file, model), folder / "new.onnx", foreign_parity.precision(model))
 
 
 def test_half_precision_has_its_own_tolerance(tmp_path: Path) -> None:

@@ -54,8 +54,14 @@ class Block:
         self.add("Shape", ["x"], "x[0]", start=0, end=1)
         self.add("Shape", ["x"], "x[1]", start=1, end=2)
         self.add("Shape", ["x"], "x[:]")
-        counted = ("x[0]", "x[1]", HEADS, SIZE)
-        for name, parts in {"cut": cut, "cut again": cut, "counted cut": counted}.items():  # the last two for read()
+        counted, swapped = ("x[0]", "x[1]", HEADS, SIZE), ("x[1]", "x[0]", HEADS, SIZE)
+        shapes = {
+            "cut": cut,
+            "cut again": cut,
+            "counted cut": counted,
+            "swapped cut": swapped,
+        }  # all but the first for read()
+        for name, parts in shapes.items():
             self.constants |= {str(part): np.array([part]) for part in parts if isinstance(part, int)}
             self.add("Concat", [str(part) for part in parts], name, axis=0)
         y = "x"
@@ -228,7 +234,7 @@ def test_layers_that_share_all_three_weights_share_one_packed_weight() -> None:
 
 DIFFERENT = "Q, K and V are cut into heads by different shapes"
 CLOSED = "the shape that cuts into heads does not say their size"
-COUNTED = ("layer.0/v_cut", 1, "counted cut")
+SWAPPED = ("layer.0/v_cut", 1, "swapped cut")
 SHARED = "q.weight is read elsewhere too"
 
 # blocks that are almost packed, and what must be said of each layer; nothing where Q, K and V are no candidates at all
@@ -236,8 +242,8 @@ NEAR_MISSES: dict[str, tuple[Block, list[str]]] = {
     "weight read elsewhere": (Block().use("Neg", "q.weight"), [SHARED]),
     "weight is an output": (Block().give("q.weight"), [SHARED]),
     "one weight of two layers": (Block(layers=("", "b.")).read("layer.1/q_product", 1, "q.weight"), [SHARED] * 2),
-    "weights of a refused layer": (Block(layers=("", "")).read(*COUNTED), [DIFFERENT, SHARED]),
-    "V cut by another shape": (Block().read(*COUNTED), [DIFFERENT]),
+    "weights of a refused layer": (Block(layers=("", "")).read(*SWAPPED), [DIFFERENT, SHARED]),
+    "V cut by another shape": (Block().read(*SWAPPED), [DIFFERENT]),
     "a number of heads that K does not have": (
         Block(cut=("x[0]", -1, HEADS, SIZE), kv_heads=2),
         ["the shape that cuts into heads says another number of them than the weights"],
@@ -274,6 +280,14 @@ def test_a_near_miss_is_left_alone_and_says_why(name: str) -> None:
     assert report.fused == 0
     assert report.refused == [f"layer.{layer}/attended: {reason}" for layer, reason in enumerate(reasons)]
     assert ir.to_proto(model).SerializeToString(deterministic=True) == untouched
+
+
+@pytest.mark.parametrize("shape", ["cut again", "counted cut"])
+def test_shapes_that_say_the_same_may_cut(shape: str) -> None:
+    block = Block().read("layer.0/v_cut", 1, shape)
+    model = block.model()
+    assert fuse(model).fused == 1
+    check_same(block, model)
 
 
 def test_shapes_made_of_equal_lengths_are_one_after_the_reshapes() -> None:

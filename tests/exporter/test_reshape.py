@@ -243,3 +243,41 @@ def test_reshapes_with_anything_between_are_left_alone() -> None:
     report = fuse(model)
     assert (report.fused, report.refused) == (0, [])
     assert ir.to_proto(model).SerializeToString(deterministic=True) == untouched
+
+
+def between(shape: str | Sequence[int], **options: Any) -> Chain:
+    """x [B,T,6] activated, reshaped to ``shape``, which may be "made" of lengths of x, and activated again."""
+    chain = Chain(x=["B", "T", 6]).then("Shape", "x", to="rows", end=1).then("Shape", "x", to="tokens", start=1, end=2)
+    chain.then("Concat", "rows", "tokens", [6], to="made", axis=0).then(
+        "Concat", "tokens", "rows", [6], to="swapped", axis=0
+    )
+    chain.then("Concat", "rows", [-1, 6], to="open", axis=0)
+    return (
+        chain.then("Neg", "x", to="a").then("Reshape", "a", shape, to="b", **options).then("Abs", "b", to="y").give("y")
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("made", {}),
+        ("made", {"allowzero": 1}),
+        ("open", {}),
+        ([0, 0, 6], {}),
+        ([0, 0, -1], {}),
+        ([0, -1, 6], {}),
+        ([-1, 0, 6], {}),
+    ],
+)
+def test_a_reshape_to_the_shape_that_is_there_goes(shape: str | Sequence[int], options: dict[str, int]) -> None:
+    chain = between(shape, **options)
+    model = chain.model()
+    assert fuse(model).fused == 1
+    assert count(model) == {"Abs": 1, "Neg": 1}
+    check_same(chain, model, x=numbers(2, 3, 6))
+
+
+@pytest.mark.parametrize("shape", ["swapped", [-1, 2, 6], [0, 0, 2, 3], [0, -1]])
+def test_a_reshape_to_another_shape_stays(shape: str | Sequence[int]) -> None:
+    model = between(shape).model()
+    assert (fuse(model).fused, count(model)["Reshape"]) == (0, 1)

@@ -5,7 +5,7 @@ Owns no rule and no pattern. A length is a number, a name that equal lengths sha
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion.algebra import scalar
+from txopt.exporter.algebra import scalar
 
 Length = int | tuple[ir.Value, int] | ir.Value  # a number, the length of a value's axis, or whatever a value holds
 
@@ -17,6 +17,11 @@ def rank_of(value: ir.Value) -> int | None:
     node = value.producer()
     if node is not None and node.op_type == "Transpose" and "perm" in node.attributes:
         return len(node.attributes["perm"].as_ints())
+    if node is not None and node.op_type == "Reshape":
+        parts = lengths_of(node.inputs[1])
+        return None if parts is None else len(parts)
+    if node is not None and node.op_type == "Attention" and value is node.outputs[0] and node.inputs[0] is not None:
+        return rank_of(node.inputs[0])
     return None
 
 
