@@ -16,6 +16,7 @@ def work(task: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """One export; where the task names no target, its reference cases alone."""
     from txopt.exporter import optimum_graphs, reference, weights
     from txopt.exporter.case_plan import plans
+    from txopt.exporter.graph import count
     from txopt.exporter.lowering import LOWERINGS
     from txopt.exporter.optimum_folder import open_folder
     from txopt.exporter.originals import Originals
@@ -42,10 +43,13 @@ def work(task: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     progress("trace")
     cache = optimum_graphs.split(graphs, facts, int(folder.config.hidden_size))
     progress("fuse")
-    fusion = optimum_graphs.fuse(graphs)
+    optimum_graphs.fuse(graphs)
     progress("lower")
     for model in graphs.models().values():
         LOWERINGS[task["target"]](model, "fp32")
+    fusion = {
+        name: {"patterns": graphs.reports[name], "nodes": count(model)} for name, model in graphs.models().items()
+    }
     progress("write")
     weights.write(graphs.models(), directory)
     specs = {name: spec.to_json() for name, spec in graphs.specs().items()}

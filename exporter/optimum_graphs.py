@@ -20,7 +20,6 @@ from txopt.exporter import buffered, description, onnx_file
 from txopt.exporter.buffered import LOGITS, MASK, MEMORY, TOKENS, Blocks
 from txopt.exporter.fusion import FOREIGN, attention
 from txopt.exporter.fusion.report import NOTHING
-from txopt.exporter.graph import count
 from txopt.exporter.measured import Kind, Reading, simplify
 from txopt.exporter.optimum_folder import Folder
 from txopt.exporter.probe import Probe
@@ -295,15 +294,14 @@ def _rename(graph: ir.Graph, names: Mapping[str | None, str | int]) -> None:
                 )
 
 
-def fuse(graphs: Graphs) -> dict[str, Any]:
-    """The patterns that are left, on both graphs; the manifest's "fusion"."""
+def fuse(graphs: Graphs) -> None:
+    """The patterns that are left, on both graphs; ``graphs.reports`` says what they did."""
     for name, model in graphs.models().items():
         for fusion in FOREIGN:
             if fusion is not attention.fuse:
                 report = fusion(model, NOTHING)
                 graphs.reports[name][report.operator] = report.to_json()
         _strip(model)
-    return {name: {"patterns": graphs.reports[name], "nodes": count(model)} for name, model in graphs.models().items()}
 
 
 def _strip(model: ir.Model) -> None:

@@ -5,7 +5,7 @@ parity leaves nothing at OUT.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from txopt.exporter import checkpoint, fusion, graph, optimum, proof_feeds, refe
 from txopt.exporter.case_plan import plans
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import check_images, collect, collect_files
-from txopt.exporter.fusion.proof import Feeds
+from txopt.exporter.fusion.report import Report
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.optimum_folder import is_folder
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
@@ -82,10 +82,11 @@ def export(
         traced = trace(opened.source, computed)
         report("fuse")
         feeds = proof_feeds.feeds(traced.specs, cases, opened.source.facts.limit) if prove else {}
-        fused = {name: _fuse(model, feeds.get(name)) for name, model in traced.graphs.items()}
+        reports = {name: fusion.fuse(model, feeds=feeds.get(name)) for name, model in traced.graphs.items()}
         report("lower")
         for model in traced.graphs.values():
             LOWERINGS[target](model, precision)
+        fused = {name: _fused(model, reports[name]) for name, model in traced.graphs.items()}
         report("write")
         weights.write(traced.graphs, writer.directory)
         reference_cases.save(cases, writer.directory)
@@ -127,9 +128,12 @@ def _check_options(target: str, precision: str) -> None:
         raise UsageError(explain("this export cannot be made:", problems))
 
 
-def _fuse(model: Any, feeds: Sequence[Feeds] | None) -> dict[str, Any]:
-    reports = {operator: report.to_json() for operator, report in fusion.fuse(model, feeds=feeds).items()}
-    return {"patterns": reports, "nodes": graph.count(model)}
+def _fused(model: Any, reports: Mapping[str, Report]) -> dict[str, Any]:
+    """What the manifest says of one graph: its fusions, and its nodes as they are written."""
+    return {
+        "patterns": {operator: report.to_json() for operator, report in reports.items()},
+        "nodes": graph.count(model),
+    }
 
 
 def _manifest(

@@ -221,6 +221,7 @@ def _rewrite(
     if pack[0].input is not None and pack[0].input.shape is not None:
         for node in nodes:
             node.outputs[0].shape = ir.Shape([*pack[0].input.shape[:-1], sum(widths)])
+            node.outputs[0].type = weight.type
     # Before the first cut into heads: everything that these nodes read is there, and whoever reads them comes later.
     first = next(node for node in graph if any(node is projection.reshape for projection in pack))
     graph.insert_before(first, [*nodes, shape, cut, by_head, split])
