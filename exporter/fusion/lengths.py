@@ -11,6 +11,7 @@ the same, or one is known not to have it. Nothing is refused: a length that cann
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -21,7 +22,7 @@ from txopt.exporter.graph import integers
 
 _SAME_SHAPE = (
     "Abs Cast Clip Cos Dropout Elu Erf Exp Gelu HardSwish Identity IsNaN LayerNormalization LeakyRelu Log LogSoftmax Neg Not "
-    "Reciprocal Relu RMSNormalization Round Sigmoid Sin Softmax Softplus Sqrt Tanh"
+    "Reciprocal Relu RMSNormalization RotaryEmbedding Round Sigmoid Sin Softmax Softplus Sqrt Tanh"
 )
 _ELEMENTWISE = "Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Or Pow Sub Where"
 _KEEP, _BROADCAST = frozenset(_SAME_SHAPE.split()), frozenset(_ELEMENTWISE.split())
@@ -142,10 +143,21 @@ class _Origins:
             return part
         if part == 0:
             return None if "allowzero" in node.attributes and node.attributes["allowzero"].as_int() else (x, axis)
-        # -1: the length that is left, where all others stay what they were
+        # -1: the length that is left, where all others stay what they were, or where the numbers among them say it
         others = [place for place in range(len(parts)) if place != axis]
         stays = rank_of(x) == len(parts) and all(self.of(parts[place]) == self.of((x, place)) for place in others)
-        return (x, axis) if stays else None
+        return (x, axis) if stays else self._left_of_numbers(parts, x)
+
+    def _left_of_numbers(self, parts: Sequence[Length], x: ir.Value) -> int | None:
+        """What -1 comes to in ``parts`` of ``x`` where both begin with the same lengths, and all that follow are numbers."""
+        own: list[Length] = [self.of((x, place)) for place in range(rank_of(x) or 0)]
+        cut = [part if isinstance(part, int) else self.of(part) for part in parts]
+        same = next((place for place, pair in enumerate(zip(own, cut, strict=False)) if pair[0] != pair[1]), len(own))
+        numbers, rest = ([part for part in side[same:] if isinstance(part, int)] for side in (own, cut))
+        if len(numbers) != len(own) - same or len(rest) != len(cut) - same or 0 in rest or not numbers:
+            return None
+        length, others = prod(numbers), -prod(rest)
+        return length // others if others > 0 and length % others == 0 else None
 
 
 def _run(found: Sequence[Length]) -> Length | None:
@@ -175,9 +187,8 @@ def _read(graph: ir.Graph, first: Length, count: int, made: dict[object, ir.Valu
         value, axis = first
         start = axis % (rank_of(value) or 1)
         attributes = {"start": start, "end": start + count}
-        made[key] = _insert(
-            graph, value, ir.node("Shape", [value], attributes=attributes, name=f"{value.name}/length_{start}")
-        )
+        name = f"{value.name}/length_{start}" if count == 1 else f"{value.name}/lengths_{start}_to_{start + count - 1}"
+        made[key] = _insert(graph, value, ir.node("Shape", [value], attributes=attributes, name=name))
         made[key].shape = ir.Shape([count])
     return made[key]
 
