@@ -15,7 +15,7 @@ from txopt.exporter.shapes import Length, length, lengths_of, rank_of
 
 _SAME_SHAPE = (
     "Abs Cast Clip Cos Dropout Elu Erf Exp Gelu HardSwish Identity IsNaN LayerNormalization LeakyRelu Log LogSoftmax Neg Not "
-    "Reciprocal Relu RMSNormalization Round Sigmoid Sin Softmax Softplus Sqrt Tanh"
+    "Reciprocal Relu RMSNormalization RotaryEmbedding Round Sigmoid Sin Softmax Softplus Sqrt Tanh"
 )
 _ELEMENTWISE = "Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Or Pow Sub Where"
 _ONE_NUMBER = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")

@@ -4,13 +4,27 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from txopt.exporter.fusion import attention, einsum, gelu, layer_norm, lengths, qkv, reshape, rms_norm, scale
+from txopt.exporter.fusion import (
+    attention,
+    einsum,
+    gelu,
+    layer_norm,
+    lengths,
+    log_softmax,
+    qkv,
+    ranking,
+    reshape,
+    rms_norm,
+    rotary,
+    scale,
+)
 from txopt.exporter.fusion.proof import Feeds, Fusion, prove
 from txopt.exporter.fusion.report import NOTHING, Report
 
 FUSIONS: tuple[Fusion, ...] = (
     rms_norm.fuse,
     gelu.fuse,
+    rotary.fuse,
     reshape.fuse,
     scale.fuse,
     qkv.fuse,  # after both: Q, K and V are then cut by one shape, and nothing scales one of them
@@ -21,6 +35,9 @@ FOREIGN: tuple[Fusion, ...] = (
     layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
     rms_norm.fuse,
     gelu.fuse,
+    rotary.fuse,
+    log_softmax.fuse,
+    ranking.fuse,  # after logarithms, which may be ranked too
     einsum.fuse,  # before attention, which looks for MatMul
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
     attention.fuse,  # before those that look for the operator

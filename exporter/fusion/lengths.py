@@ -73,9 +73,8 @@ def _read(graph: ir.Graph, first: Length, count: int, made: dict[object, ir.Valu
         value, axis = first
         start = axis % (rank_of(value) or 1)
         attributes = {"start": start, "end": start + count}
-        made[key] = _insert(
-            graph, value, ir.node("Shape", [value], attributes=attributes, name=f"{value.name}/length_{start}")
-        )
+        name = f"{value.name}/length_{start}" if count == 1 else f"{value.name}/lengths_{start}_to_{start + count - 1}"
+        made[key] = _insert(graph, value, ir.node("Shape", [value], attributes=attributes, name=name))
         made[key].shape = ir.Shape([count])
     return made[key]
 

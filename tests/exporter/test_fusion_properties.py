@@ -3,8 +3,10 @@
 import numpy as np
 from hypothesis import HealthCheck, given, note, settings
 
+from tests.exporter.head_spellings import logarithms
 from tests.exporter.norm_spellings import norms
 from tests.exporter.plain_engine import run
+from tests.exporter.rotary_spellings import rotations
 from tests.exporter.spellings import Graph, attentions
 from txopt.exporter.fusion import FOREIGN, fuse
 from txopt.exporter.graph import count
@@ -31,6 +33,21 @@ NORMS = {
     "cubed": "the exponent is 3",
     "no root": "as a root",
     "dropped": "drops the ax",
+}
+ROTATIONS = {
+    "other way": "neither by halves nor by neighbours",
+    "joined otherwise": "joins the columns otherwise",
+    "by head": "the same for all heads",
+    "columns apart": "the same for both columns",
+    "read": "something else reads",
+    "another value": "not what is added to it",
+    "float64": "float64",
+}
+LOGARITHMS = {
+    "added": "a number is added before",
+    "read": "something else reads",
+    "masked": "masks by a finite number",
+    "two axes": "expected one",
 }
 bounded = settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -86,3 +103,40 @@ def test_what_is_no_norm_is_left_alone_and_named(spelling: Graph) -> None:
     (refusal,) = refused[spelling.kind]
     assert refusal.startswith("block/")
     assert NORMS[str(spelling.reason)] in refusal
+
+
+@bounded
+@given(rotations())
+def test_every_spelling_of_a_rotation_fuses_and_says_the_same(spelling: Graph) -> None:
+    operators, refused = fused(spelling)
+    assert refused["RotaryEmbedding"] == []
+    assert operators["RotaryEmbedding"] == 1
+    assert not {"Neg", "Sub"} & operators.keys()
+
+
+@bounded
+@given(rotations(missed=True))
+def test_what_is_no_rotation_is_left_alone_and_named(spelling: Graph) -> None:
+    operators, refused = fused(spelling)
+    assert "RotaryEmbedding" not in operators
+    (refusal,) = refused["RotaryEmbedding"]
+    assert refusal.startswith("block/Concat_")
+    assert ROTATIONS[str(spelling.reason)] in refusal
+
+
+@bounded
+@given(logarithms())
+def test_every_spelling_of_a_log_softmax_fuses_and_says_the_same(spelling: Graph) -> None:
+    operators, refused = fused(spelling)
+    assert refused["LogSoftmax"] == []
+    assert operators == {"LogSoftmax": 1}
+
+
+@bounded
+@given(logarithms(missed=True))
+def test_what_is_no_log_softmax_is_left_alone_and_named(spelling: Graph) -> None:
+    operators, refused = fused(spelling)
+    assert "LogSoftmax" not in operators
+    (refusal,) = refused["LogSoftmax"]
+    assert refusal.startswith("block/")
+    assert LOGARITHMS[str(spelling.reason)] in refusal

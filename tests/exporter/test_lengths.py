@@ -153,3 +153,23 @@ def test_lengths_that_the_graph_gives_away_keep_their_names() -> None:
     fuse(graph)
     assert [value.name for value in graph.graph.outputs] == ["y", "s"]
     np.testing.assert_array_equal(run(graph, feeds())[1], [3, 5, 6])
+
+
+def test_a_length_and_several_from_there_on_have_names_of_their_own() -> None:
+    graph = model("a = Relu(x) s = Shape<end=1>(a) t = Shape<end=2>(a) m = Add(s, t) v = Tanh(a)", "zero")
+    graph.graph.outputs.append(next(node.outputs[0] for node in graph.graph if node.outputs[0].name == "m"))
+    fuse(graph)
+    names = [node.name for node in graph.graph if node.op_type == "Shape"]
+    assert len(set(names)) == len(names) == 2
+    np.testing.assert_array_equal(run(graph, feeds())[1], [6, 8])
+
+
+def test_what_is_left_is_known_where_the_other_lengths_are_numbers_or_stay() -> None:
+    """As torch's old exporter cuts into heads: rows and tokens of the value itself, a number of heads, and -1."""
+    cut = "r = Shape<end=1>(a) t = Shape<start=1,end=2>(a) h = Concat<axis=0>(r, t, heads, left) "
+    graph = model(f"a = Relu(x) {cut} v = Reshape(a, h)", "last")
+    fuse(graph)
+    assert all(
+        node.inputs[0] is not None and node.inputs[0].name == "x" for node in graph.graph if node.op_type == "Shape"
+    )
+    assert run(graph, feeds())[0] == 3
