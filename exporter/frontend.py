@@ -24,6 +24,7 @@ Frontend = dict[str, Any]
 TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target_tokenizer.json"
 _SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model", "source.spm")
 _TOKENIZER_FILES = (TOKENIZER, "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
+_FSMT_VOCABULARY = "vocab-src.json"
 _NO_LIMIT = 1 << 20  # tokenizers without a limit carry an absurd one
 _LANGUAGE_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB
 _AUDIO: Frontend = {
@@ -95,7 +96,13 @@ def collect_files(
 
 
 def _text(source: Path, task: str, staging: Path) -> Frontend | None:
-    """The text front end, or None where the checkpoint has no tokenizer."""
+    """The text front end, or None where the checkpoint has no tokenizer, or one that cannot be written down."""
+    if (source / _FSMT_VOCABULARY).is_file():
+        logger.warning(
+            "%s: FSMTTokenizer splits words with Moses' rules, which no tokenizer file holds, so the artifact takes and gives ids",
+            source.name,
+        )
+        return None
     if not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return None
     tokenizer = _load_tokenizer(source)

@@ -1,6 +1,6 @@
 """Every family txopt knows, as one literal; a family costs one file and one line here."""
 
-from txopt.exporter.families import bart, bert, gpt2, m2m_100, marian, t5, vision, whisper
+from txopt.exporter.families import bart, bert, fsmt, gpt2, m2m_100, marian, prophetnet, t5, vision, whisper
 from txopt.exporter.families.family import Family
 from txopt.runtime.errors import SourceError
 
@@ -12,6 +12,8 @@ FAMILIES: tuple[Family, ...] = (
     marian.MARIAN,
     marian.PEGASUS,
     m2m_100.M2M100,
+    fsmt.FSMT,
+    prophetnet.PROPHETNET,
     whisper.WHISPER,
     vision.VISION_ENCODER_DECODER,
     bert.BERT,

@@ -43,6 +43,10 @@ class Family:
         limit: the configuration value that bounds the target, None where nothing does.
         source_limit: the configuration value that bounds a text source.
         position_argument: the name under which the model takes positions [R,Q], where it does.
+        padding_mask: the encoder's attention_mask stays [B,T], and the decoder gets none: their attention is not transformers'
+            interface, and what a hook makes of it finds the mask in the decoder call.
+        stepwise: what transformers' decoder says of several tokens is not what it generates by, one token at a time; so that is
+            how its references are recorded.
         hook: prepares a copy of the module for the trace; needs a paragraph in docs/decisions.md.
     """
 
@@ -56,4 +60,6 @@ class Family:
     limit: str | None = None
     source_limit: str | None = None
     position_argument: str | None = None
+    padding_mask: bool = False
+    stepwise: bool = False
     hook: Hook | None = None

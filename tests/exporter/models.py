@@ -8,6 +8,17 @@ import torch
 import transformers as t
 
 _SIZES: dict[str, Any] = {"vocab_size": 100, "d_model": 64}
+_SIZES_OF_FSMT: dict[str, Any] = {"src_vocab_size": 110, "tgt_vocab_size": 100, "d_model": 64}
+_PROPHETNET: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+}
 _LAYERS: dict[str, Any] = {
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -75,6 +86,14 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         t.PegasusConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_START_AT_PAD)
     ),
     "m2m_100": lambda: t.M2M100ForConditionalGeneration(t.M2M100Config(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
+    # Two vocabularies, and a source's ids that the target's does not have.
+    "fsmt": lambda: t.FSMTForConditionalGeneration(
+        t.FSMTConfig(**_SIZES_OF_FSMT, **_LAYERS, **_POSITIONS, num_beams=1, max_length=20)
+    ),
+    # Three streams that predict, of which one is exported; distances that share buckets.
+    "prophetnet": lambda: t.ProphetNetForConditionalGeneration(
+        t.ProphetNetConfig(**_PROPHETNET, **_POSITIONS, ngram=3, num_buckets=8, relative_max_distance=16)
+    ),
     "whisper": _whisper,
     "trocr": _trocr,
     "gpt2": lambda: t.GPT2LMHeadModel(

@@ -16,7 +16,7 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.model import Model
 from txopt.runtime.parity import verify
 
-TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100")
+TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100", "fsmt", "prophetnet")
 DECODERS = (*TEXT, "whisper", "trocr")
 Artifacts = Callable[[str], Artifact]
 Make = Callable[[str], Path]
@@ -43,7 +43,8 @@ def test_export_is_verified_and_verify_repeats_it(name: str, artifacts: Artifact
 @pytest.mark.parametrize("name", DECODERS)
 def test_one_attention_a_block_and_one_scatter_a_buffer(name: str, artifacts: Artifacts) -> None:
     nodes = artifacts(name).manifest.fusion["decoder"]["nodes"]
-    assert nodes["Attention"] == 4, "two layers of self- and cross-attention"
+    streams = 2 if name == "prophetnet" else 1
+    assert nodes["Attention"] == 2 * (streams + 1), "two layers of self-attention, in every stream, and cross-attention"
     assert nodes["TensorScatter"] == 4
     assert "Softmax" not in nodes
     assert "If" not in nodes
@@ -81,7 +82,7 @@ def test_graphs_are_valid_and_axes_share_their_names(name: str, artifacts: Artif
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
-@pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m_100"])
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m_100", "fsmt", "prophetnet"])
 def test_ids_are_those_of_transformers(
     name: str, options: dict[str, Any], artifacts: Artifacts, checkpoints: Make
 ) -> None:
