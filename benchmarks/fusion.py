@@ -47,7 +47,8 @@ def measure(names: list[str], optimum: Path) -> dict[str, Any]:
                 roads[exporter] = {tool: {"problem": problem} if problem else _asked(tool, file) for tool in TOOLS}
             if (archive := optimum / f"{name.lower()}.tar.xz").exists():
                 roads["optimum"] = _folder(archive, work / f"{name}.optimum")
-            table[name] = {"blocks": model.blocks, "norms": model.norms, "roads": roads}
+            counts = {"blocks": model.blocks, "own_blocks": model.own_blocks, "norms": model.norms}
+            table[name] = {**counts, "roads": roads}
             sys.stderr.write(f"{name}: {json.dumps(roads)}\n")
     return table
 
@@ -135,7 +136,8 @@ def _table(table: dict[str, Any], key: str, title: str) -> str:
         head = ["", *(tools if road != "txopt" else ["fused"])]
         lines = [ROADS[road], "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():
-            whole = row["blocks"] if key == "attention" else row["norms"]
+            blocks = row.get("own_blocks" if road == "txopt" else "blocks", row["blocks"])
+            whole = blocks if key == "attention" else row["norms"]
             cells = [row["roads"][road][tool] for tool in tools]
             said = [f"{cell[key]} of {whole}" if key in cell else "fails" for cell in cells]
             lines.append("| " + " | ".join([name, *said]) + " |")

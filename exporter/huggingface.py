@@ -21,6 +21,7 @@ from txopt.exporter.attention import routed
 from txopt.exporter.cache import DecodeState, as_transformers, collecting, decoding
 from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
+from txopt.exporter.framing import Framing
 from txopt.exporter.pooling import Pooling, read_pooling
 from txopt.exporter.positions import computed_tables, make_tables, read_by_row
 from txopt.exporter.source import KV, Facts, Forward, Generated, Input
@@ -65,7 +66,11 @@ class HuggingFaceSource:
             if self.facts.kind == "encoder":
                 return self._named_outputs(self.traced(**named), mask)
             memory = self.traced.get_encoder()(**named)[0]
-            return memory, *self._cross_kv(memory)
+            if mask is None or self.facts.framing is None:
+                return memory, *self._cross_kv(memory)
+            lengths = self.facts.framing.frames(mask.sum(1))
+            heard = torch.arange(memory.shape[1]) < lengths[:, None]
+            return memory, *self._cross_kv(memory), heard.to(torch.int64)
 
     def _named_outputs(self, result: Any, mask: Tensor | None) -> tuple[Tensor, ...]:
         if "logits" in self.facts.outputs:
@@ -311,6 +316,7 @@ def facts_of(module: PreTrainedModel, family: Family) -> Facts:
         ),
         limit=_value(config, family.limit),
         source_limit=_value(config, family.source_limit),
+        framing=_framing(config, family.convolutions),
         outputs=outputs,
         labels={str(k): str(v) for k, v in config.id2label.items()} if outputs == ("logits",) else None,
         scores=_scores(config, task) if outputs == ("logits",) else None,
@@ -326,8 +332,15 @@ def _scores(config: Any, task: str) -> str:
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
 
+def _framing(config: Any, lists: tuple[str, str] | None) -> Framing | None:
+    if lists is None:
+        return None
+    kernels, strides = (getattr(config, name) for name in lists)
+    return Framing(tuple((int(kernel), int(stride)) for kernel, stride in zip(kernels, strides, strict=True)))
+
+
 def _sized(item: Input, config: Any) -> Input:
-    named = {"B", "T"}
+    named = {"B", "T", "N"}
     return Input(
         name=item.name,
         dtype=item.dtype,

@@ -182,3 +182,14 @@ def nllb(directory: Path) -> Path:
     merges = [tuple(pair) for pair in model["merges"]]
     NllbTokenizer(vocab=model["vocab"], merges=merges, src_lang="eng_Latn").save_pretrained(directory)
     return directory
+
+
+def speecht5(directory: Path, *, config: bool = True) -> Path:
+    """Characters, as spm_char.model alone; <pad> and the like are pieces of the model's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if config:
+        write_config(directory, model_type="speecht5")
+    options = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
+    train_sentencepiece(directory / "spm_char.model", ENGLISH, 50, "char", hard_vocab_limit=False, **options)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SpeechT5Tokenizer"}))
+    return directory

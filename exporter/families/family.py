@@ -37,6 +37,7 @@ class Family:
         kind: "encoder-decoder", "encoder" or "decoder".
         task: what the artifact does, unless the architecture says otherwise (``tasks``).
         inputs: the encoder's inputs; sizes named like configuration values ("num_mel_bins") are read from there.
+        convolutions: where inputs are raw samples [B,N], the configuration's lists of the kernels and strides that make frames.
         decoders: the ``model_type`` values of ``config.decoder`` that the family knows; empty where there is one decoder.
         positions: the decoder's table of positions, where the model itself takes one position for all rows; the first that is
             there counts.
@@ -55,6 +56,7 @@ class Family:
     kind: str = "encoder-decoder"
     task: str = "text-to-text"
     inputs: tuple[Input, ...] = TEXT
+    convolutions: tuple[str, str] | None = None
     decoders: tuple[str, ...] = ()
     positions: tuple[Positions, ...] = ()
     limit: str | None = None

@@ -66,6 +66,25 @@ def _whisper() -> Any:
     return t.WhisperForConditionalGeneration(config)
 
 
+def _speecht5() -> Any:
+    """One second of sound is 16 frames here: kernels and strides that agree with nothing else."""
+    config = t.SpeechT5Config(
+        vocab_size=100,
+        hidden_size=64,
+        **_LAYERS,
+        **_IDS,
+        conv_dim=(32, 32, 32),
+        conv_kernel=(10, 8, 3),
+        conv_stride=(5, 4, 2),
+        num_conv_pos_embeddings=6,
+        num_conv_pos_embedding_groups=4,
+        encoder_max_relative_position=3,
+        max_speech_positions=60,
+        max_text_positions=80,
+    )
+    return t.SpeechT5ForSpeechToText(config)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**_T5)),
     "t5-gated": lambda: t.T5ForConditionalGeneration(
@@ -87,6 +106,17 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     ),
     "m2m_100": lambda: t.M2M100ForConditionalGeneration(t.M2M100Config(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     # Two vocabularies, and a source's ids that the target's does not have.
+    # Windows of two sizes, shorter than the sources of the reference cases.
+    "led": lambda: t.LEDForConditionalGeneration(
+        t.LEDConfig(
+            **_SIZES,
+            **_LAYERS,
+            **_IDS,
+            attention_window=[8, 4],
+            max_encoder_position_embeddings=80,
+            max_decoder_position_embeddings=80,
+        )
+    ),
     "fsmt": lambda: t.FSMTForConditionalGeneration(
         t.FSMTConfig(**_SIZES_OF_FSMT, **_LAYERS, **_POSITIONS, num_beams=1, max_length=20)
     ),
@@ -96,6 +126,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     ),
     "whisper": _whisper,
     "trocr": _trocr,
+    "speecht5": _speecht5,
     "gpt2": lambda: t.GPT2LMHeadModel(
         t.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=80, bos_token_id=0, eos_token_id=2)
     ),

@@ -11,13 +11,13 @@ import torch
 
 from tests.exporter.models import BUILDERS
 from txopt.exporter import huggingface
-from txopt.exporter.trace import EXAMPLE
 from txopt.runtime.artifact import Artifact
+from txopt.runtime.graphs import AXES
 from txopt.runtime.model import Model
 from txopt.runtime.parity import verify
 
-TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100", "fsmt", "prophetnet")
-DECODERS = (*TEXT, "whisper", "trocr")
+TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100", "fsmt", "prophetnet", "led")
+DECODERS = (*TEXT, "whisper", "trocr", "speecht5")
 Artifacts = Callable[[str], Artifact]
 Make = Callable[[str], Path]
 
@@ -75,14 +75,14 @@ def test_graphs_are_valid_and_axes_share_their_names(name: str, artifacts: Artif
         graph = onnx.load(path, load_external_data=False).graph
         for tensor in (*graph.input, *graph.output):
             for dim in tensor.type.tensor_type.shape.dim:
-                assert dim.HasField("dim_value") or dim.dim_param in EXAMPLE, (
+                assert dim.HasField("dim_value") or dim.dim_param in AXES, (
                     f"{tensor.name} has an axis {dim.dim_param!r}"
                 )
         assert {entry.domain for entry in onnx.load(path, load_external_data=False).opset_import} == {""}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
-@pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m_100", "fsmt", "prophetnet"])
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m_100", "fsmt", "prophetnet", "led"])
 def test_ids_are_those_of_transformers(
     name: str, options: dict[str, Any], artifacts: Artifacts, checkpoints: Make
 ) -> None:
