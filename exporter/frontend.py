@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from txopt.exporter.spm import MARK, Converted, convert
 from txopt.runtime.errors import MissingDependencyError, SourceError
@@ -31,7 +31,7 @@ _SENTENCEPIECE_FILES = (
     "source.spm",
     _CHARACTERS,
 )
-_TOKENIZER_FILES = (TOKENIZER, "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
+_TOKENIZER_FILES = (TOKENIZER, "vocab.json", "vocab.txt", "prophetnet.tokenizer", *_SENTENCEPIECE_FILES)
 _FSMT_VOCABULARY = "vocab-src.json"
 _NO_LIMIT = 1 << 20  # tokenizers without a limit carry an absurd one
 _LANGUAGE_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB
@@ -128,6 +128,8 @@ def _text(source: Path, task: str, staging: Path) -> Frontend | None:
         return frontend | _marian(source, tokenizer, staging)
     if name == "SpeechT5Tokenizer":
         backend = _characters(tokenizer)
+    elif name == "ProphetNetTokenizer" and tokenizer.do_basic_tokenize:
+        backend = _word_pieces(tokenizer)
     elif name == "M2M100Tokenizer":
         backend = _m2m100(source, tokenizer, frontend)
     elif hasattr(tokenizer, "backend_tokenizer"):
@@ -206,6 +208,27 @@ def _characters(tokenizer: Any) -> Tokenizer:
     backend.decoder = decoders.Metaspace()
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     backend.add_special_tokens(sorted(special | set(tokenizer.all_special_tokens), key=vocabulary.__getitem__))
+    return backend
+
+
+def _word_pieces(tokenizer: Any) -> Tokenizer:
+    """ProphetNet's, which is BERT's of old with one token around a text instead of two."""
+    basic, vocabulary = tokenizer.basic_tokenizer, tokenizer.get_vocab()
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=tokenizer.unk_token))
+    bert = normalizers.BertNormalizer(
+        handle_chinese_chars=basic.tokenize_chinese_chars,
+        strip_accents=basic.strip_accents,
+        lowercase=basic.do_lower_case,
+    )
+    # Code points that are not assigned are control characters to Python's version of it, and left in by this one.
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"[\p{Cn}\p{Co}]"), ""), bert])
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    end = tokenizer.sep_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, vocabulary[end])]
+    )
+    backend.add_special_tokens(sorted(set(tokenizer.all_special_tokens), key=vocabulary.__getitem__))
     return backend
 
 

@@ -76,6 +76,18 @@ def bert(directory: Path) -> Path:
     return directory
 
 
+def prophetnet(directory: Path) -> Path:
+    """BERT's word pieces under another name, with a second separator."""
+    bert(directory)
+    pieces_of_bert = (directory / "vocab.txt").read_text("utf-8")
+    (directory / "vocab.txt").unlink()
+    (directory / "prophetnet.tokenizer").write_text(pieces_of_bert + "\n[X_SEP]", "utf-8")
+    write_config(directory, model_type="prophetnet")
+    settings = {"tokenizer_class": "ProphetNetTokenizer", "model_max_length": 16}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
 def t5(directory: Path) -> Path:
     """Unigram, as spiece.model alone."""
     write_config(directory, model_type="t5")

@@ -19,9 +19,12 @@ from txopt.runtime.errors import SourceError
 
 FAMILIES: tuple[Family, ...] = (
     t5.T5,
+    t5.UMT5,
     bart.BART,
     bart.MBART,
     bart.MVP,
+    bart.PLBART,
+    bart.BLENDERBOT,
     led.LED,
     marian.MARIAN,
     marian.PEGASUS,

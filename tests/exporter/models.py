@@ -95,6 +95,14 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         t.T5Config(**{**_T5, "d_model": 48, "d_kv": 24, "num_heads": 5, "num_layers": 1, "num_decoder_layers": 3})
     ),
     "mt5": lambda: t.MT5ForConditionalGeneration(t.MT5Config(**_T5)),
+    "umt5": lambda: t.UMT5ForConditionalGeneration(t.UMT5Config(**_T5)),
+    "plbart": lambda: t.PLBartForConditionalGeneration(t.PLBartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
+    "blenderbot": lambda: t.BlenderbotForConditionalGeneration(
+        t.BlenderbotConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)
+    ),
+    "blenderbot-small": lambda: t.BlenderbotSmallForConditionalGeneration(
+        t.BlenderbotSmallConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)
+    ),
     "mvp": lambda: t.MvpForConditionalGeneration(t.MvpConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "mbart": lambda: t.MBartForConditionalGeneration(t.MBartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),

@@ -17,7 +17,8 @@ from txopt.runtime.model import Model
 from txopt.runtime.parity import verify
 
 TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100", "fsmt", "prophetnet", "led")
-DECODERS = (*TEXT, "whisper", "trocr", "speecht5")
+RELATIVES = ("umt5", "plbart", "blenderbot", "blenderbot-small")
+DECODERS = (*TEXT, *RELATIVES, "whisper", "trocr", "speecht5")
 Artifacts = Callable[[str], Artifact]
 Make = Callable[[str], Path]
 
@@ -50,7 +51,7 @@ def test_one_attention_a_block_and_one_scatter_a_buffer(name: str, artifacts: Ar
     assert "If" not in nodes
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5"])
+@pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5", "umt5"])
 def test_decomposed_norms_leave_as_rms_normalization(name: str, artifacts: Artifacts) -> None:
     fusion = artifacts(name).manifest.fusion
     assert fusion["encoder"]["nodes"]["RMSNormalization"] == 5

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremo
 Maker = Callable[[Path], Path]
 TEXT: dict[str, Maker] = {
     "bert": tiny.bert,
+    "prophetnet": tiny.prophetnet,
     "t5": tiny.t5,
     "gpt2": tiny.gpt2,
     "marian": tiny.marian,
