@@ -47,26 +47,14 @@ class Relative(nn.Module):
 
 
 def route(module: nn.Module) -> nn.Module:
-    """Routes every attention, and gives the positional convolution its weight, which is stored as direction and length."""
+    """Routes every attention."""
     model: Any = module.speecht5
     encoder = model.encoder.wrapped_encoder
     for layer in encoder.layers:
         layer.attention = Relative(layer.attention, encoder.embed_positions.pe_k)
     encoder.embed_positions = Distances(encoder.embed_positions)
     wrap(model.decoder.wrapped_decoder, WrittenOut)
-    embed = model.encoder.prenet.pos_conv_embed
-    embed.conv = _plain(embed.conv)
     return module
-
-
-def _plain(conv: Any) -> nn.Conv1d:
-    """A convolution with the weight that a parametrized one computes; the original shares its class, which must stay as it is."""
-    made = nn.Conv1d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups, device="meta"
-    )
-    made.weight = nn.Parameter(conv.weight.detach(), requires_grad=False)
-    made.bias = conv.bias
-    return made
 
 
 SPEECHT5 = Family(

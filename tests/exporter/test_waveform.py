@@ -65,6 +65,11 @@ def test_sound_becomes_the_text_transformers_gives(tmp_path: Path, checkpoints: 
         assert pipeline(sounds, **options) == expected
 
 
+def test_a_weight_that_is_computed_of_others_is_rounded_once(tmp_path: Path, checkpoints: Make) -> None:
+    """The positional convolution's, of direction and length: bfloat16 on the CPU is held to the tolerance of float32."""
+    assert export(checkpoints("speecht5"), tmp_path / "out", precision="bf16").manifest.parity["passed"]
+
+
 def test_a_mask_may_be_left_out_and_samples_have_bounds(artifacts: Artifacts) -> None:
     model = Model(artifacts("speecht5"))
     sound = np.random.default_rng(0).normal(0, 0.3, (2, 700)).astype(np.float32)
