@@ -46,12 +46,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Model:
-    """A PyTorch module, its inputs by name (tensors) with their dynamic axes, and how many attention blocks and norms it runs."""
+    """A PyTorch module, its inputs by name (tensors) with their dynamic axes, and how many attention blocks and norms it runs.
+
+    ``own_blocks``: the attention blocks of txopt's export, which has LED's global attention as an input.
+    """
 
     module: Any
     inputs: dict[str, Any]
     axes: dict[str, dict[int, str]]
     blocks: int
+    own_blocks: int
     norms: int
 
 
@@ -74,7 +78,8 @@ def build(name: str, size: Size, *, batch: int = 2, source: int = 8, target: int
     inputs, axes = {**inputs, **ids}, {**axes, **{key: {0: "batch", 1: "target"} for key in ids}}
     norms = sum(type(module).__name__.endswith("LayerNorm") for module in model.modules())
     blocks = 3 * size.layers + (size.layers if name == "ProphetNet" else 0)  # its decoder attends in two streams
-    return Model(_wrapped(model, tuple(inputs)), inputs, axes, blocks, norms)
+    own = blocks + (size.layers if name == "LED" else 0)
+    return Model(_wrapped(model, tuple(inputs)), inputs, axes, blocks, own, norms)
 
 
 def write(model: Model, exporter: str, path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,22 @@ LIMIT = 300  # seconds for one tool and file
 Cell = dict[str, Any]
 
 
-def measure(names: list[str], optimum: Path) -> dict[str, Any]:
-    """By architecture: what it has, and what was fused in each road's files."""
+def measure(names: list[str], optimum: Path, exporters: Sequence[str] = EXPORTERS) -> dict[str, Any]:
+    """By architecture: what it has, and what was fused in each road's files; txopt's own is always gone."""
     table = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for name in names:
             model = build(name, SIZE)
             roads: dict[str, Any] = {"txopt": {"txopt": _ours(model, work / name)}}
-            for exporter in EXPORTERS:
+            for exporter in exporters:
                 file = work / f"{name}.{exporter}.onnx"
                 problem = _written(model, exporter, file)
                 roads[exporter] = {tool: {"problem": problem} if problem else _asked(tool, file) for tool in TOOLS}
             if (archive := optimum / f"{name.lower()}.tar.xz").exists():
                 roads["optimum"] = _folder(archive, work / f"{name}.optimum")
-            table[name] = {"blocks": model.blocks, "norms": model.norms, "roads": roads}
+            counts = {"blocks": model.blocks, "own_blocks": model.own_blocks, "norms": model.norms}
+            table[name] = {**counts, "roads": roads}
             sys.stderr.write(f"{name}: {json.dumps(roads)}\n")
     return table
 
@@ -135,7 +137,8 @@ def _table(table: dict[str, Any], key: str, title: str) -> str:
         head = ["", *(tools if road != "txopt" else ["fused"])]
         lines = [ROADS[road], "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         for name, row in rows.items():
-            whole = row["blocks"] if key == "attention" else row["norms"]
+            blocks = row.get("own_blocks" if road == "txopt" else "blocks", row["blocks"])
+            whole = blocks if key == "attention" else row["norms"]
             cells = [row["roads"][road][tool] for tool in tools]
             said = [f"{cell[key]} of {whole}" if key in cell else "fails" for cell in cells]
             lines.append("| " + " | ".join([name, *said]) + " |")
@@ -158,6 +161,7 @@ def main() -> None:
     parser.add_argument(
         "--optimum", type=Path, default=FOLDERS, help="where NAME.tar.xz of folders by optimum-onnx lie"
     )
+    parser.add_argument("--own", action="store_true", help="txopt's own export alone, not torch's exporters")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     parser.add_argument("--page", type=Path, help="put the tables between the marks of this Markdown file")
     parser.add_argument("--from", dest="earlier", type=Path, help="print the page of an earlier JSON, measure nothing")
@@ -165,7 +169,7 @@ def main() -> None:
     table = (
         json.loads(arguments.earlier.read_text("utf-8"))
         if arguments.earlier
-        else measure(arguments.models.split(","), arguments.optimum)
+        else measure(arguments.models.split(","), arguments.optimum, () if arguments.own else EXPORTERS)
     )
     sys.stdout.write(page(table) + "\n")
     if arguments.page:

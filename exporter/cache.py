@@ -54,6 +54,11 @@ class DecodeState:
         self.self_kv[layer] = kv_write(keys, k, self.position), kv_write(values, v, self.position)
         return self.self_kv[layer]
 
+    def ask(self, times: int) -> None:
+        """Every token asks the source ``times`` times, each time from another stream of states."""
+        if self.source_mask is not None:
+            self.folded = fold_mask(self.source_mask, self.tokens.repeat(1, times))
+
     def is_cross(self, key: Tensor) -> bool:
         return any(key is k for k, _ in self.cross_kv)
 

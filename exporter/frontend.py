@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from txopt.exporter.spm import MARK, Converted, convert
 from txopt.runtime.errors import MissingDependencyError, SourceError
@@ -22,8 +22,17 @@ logger = logging.getLogger(__name__)
 Frontend = dict[str, Any]
 
 TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target_tokenizer.json"
-_SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model", "source.spm")
-_TOKENIZER_FILES = (TOKENIZER, "vocab.json", "vocab.txt", *_SENTENCEPIECE_FILES)
+_CHARACTERS = "spm_char.model"
+_SENTENCEPIECE_FILES = (
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model",
+    "source.spm",
+    _CHARACTERS,
+)
+_TOKENIZER_FILES = (TOKENIZER, "vocab.json", "vocab.txt", "prophetnet.tokenizer", *_SENTENCEPIECE_FILES)
+_FSMT_VOCABULARY = "vocab-src.json"
 _NO_LIMIT = 1 << 20  # tokenizers without a limit carry an absurd one
 _LANGUAGE_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB
 _AUDIO: Frontend = {
@@ -51,7 +60,7 @@ def collect(source: Path, task: str, family: str, staging: Path, *, source_limit
         source_limit: most tokens that the model's positions can hold; a tokenizer may ask for fewer.
 
     Returns:
-        type "text", "audio", "image" or, where the checkpoint has no tokenizer or processor that fits, "arrays".
+        type "text", "audio", "waveform", "image" or, where the checkpoint has no tokenizer or processor that fits, "arrays".
 
     Raises:
         SourceError: tokenizer or processor files that cannot be read.
@@ -95,7 +104,13 @@ def collect_files(
 
 
 def _text(source: Path, task: str, staging: Path) -> Frontend | None:
-    """The text front end, or None where the checkpoint has no tokenizer."""
+    """The text front end, or None where the checkpoint has no tokenizer, or one that cannot be written down."""
+    if (source / _FSMT_VOCABULARY).is_file():
+        logger.warning(
+            "%s: FSMTTokenizer splits words with Moses' rules, which no tokenizer file holds, so the artifact takes and gives ids",
+            source.name,
+        )
+        return None
     if not any((source / name).is_file() for name in _TOKENIZER_FILES):
         return None
     tokenizer = _load_tokenizer(source)
@@ -111,7 +126,11 @@ def _text(source: Path, task: str, staging: Path) -> Frontend | None:
     name = type(tokenizer).__name__
     if name == "MarianTokenizer":
         return frontend | _marian(source, tokenizer, staging)
-    if name == "M2M100Tokenizer":
+    if name == "SpeechT5Tokenizer":
+        backend = _characters(tokenizer)
+    elif name == "ProphetNetTokenizer" and tokenizer.do_basic_tokenize:
+        backend = _word_pieces(tokenizer)
+    elif name == "M2M100Tokenizer":
         backend = _m2m100(source, tokenizer, frontend)
     elif hasattr(tokenizer, "backend_tokenizer"):
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -182,6 +201,37 @@ def _marian_half(spm: Path, vocabulary: Path, tokenizer: Any, out: Path) -> Conv
     return converted
 
 
+def _characters(tokenizer: Any) -> Tokenizer:
+    """SpeechT5's pieces are characters, as a tokenizer that says them; it speaks, and is given nothing to read."""
+    vocabulary = tokenizer.get_vocab()
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=tokenizer.unk_token))
+    backend.decoder = decoders.Metaspace()
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    backend.add_special_tokens(sorted(special | set(tokenizer.all_special_tokens), key=vocabulary.__getitem__))
+    return backend
+
+
+def _word_pieces(tokenizer: Any) -> Tokenizer:
+    """ProphetNet's, which is BERT's of old with one token around a text instead of two."""
+    basic, vocabulary = tokenizer.basic_tokenizer, tokenizer.get_vocab()
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=tokenizer.unk_token))
+    bert = normalizers.BertNormalizer(
+        handle_chinese_chars=basic.tokenize_chinese_chars,
+        strip_accents=basic.strip_accents,
+        lowercase=basic.do_lower_case,
+    )
+    # Code points that are not assigned are control characters to Python's version of it, and left in by this one.
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"[\p{Cn}\p{Co}]"), ""), bert])
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    end = tokenizer.sep_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=["$A", end], pair=["$A", end, "$B", end], special_tokens=[(end, vocabulary[end])]
+    )
+    backend.add_special_tokens(sorted(set(tokenizer.all_special_tokens), key=vocabulary.__getitem__))
+    return backend
+
+
 def _m2m100(source: Path, tokenizer: Any, frontend: Frontend) -> Tokenizer:
     """Languages sit after the vocabulary, so the pieces that have no embedding start after the languages."""
     spm = next(path for name in ("sentencepiece.bpe.model", "spm.model") if (path := source / name).is_file())
@@ -218,6 +268,9 @@ def _languages(tokenizer: Any) -> Frontend:
 def _audio(source: Path, family: str) -> Frontend | None:
     saved = _processor(source, "feature_extractor")
     kind = saved.get("feature_extractor_type", "WhisperFeatureExtractor" if family == "whisper" else None)
+    if kind == "SpeechT5FeatureExtractor":
+        known = {"sampling_rate": 16000, "padding_value": 0.0, "do_normalize": False}
+        return {"type": "waveform", **{key: saved.get(key, value) for key, value in known.items()}}
     if kind != "WhisperFeatureExtractor":
         return None
     frontend: Frontend = {"type": "audio", **_AUDIO}

@@ -49,13 +49,14 @@ def name_axes(model: ir.Model, axes: Mapping[str, Sequence[str | int]]) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         for dim, axis in zip(value.shape or (), axes[str(value.name)], strict=True):
             if isinstance(dim, ir.SymbolicDim) and isinstance(axis, str) and dim.value is not None:
-                names[str(dim.value)] = axis
-    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else None
+                names[str(dim.value)] = axis  # a symbol, or what is computed from one: frames T from samples N
+    symbol = re.compile(r"\b(" + "|".join(filter(str.isidentifier, names)) + r")\b") if names else None
 
     def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None or symbol is None:
             return dim if isinstance(dim, int) else None
-        return symbol.sub(lambda match: names[match.group()], str(dim.value))
+        said = str(dim.value)
+        return names.get(said) or symbol.sub(lambda match: names[match.group()], said)
 
     for value in (*model.graph.inputs, *model.graph.outputs, *(out for node in model.graph for out in node.outputs)):
         if value.shape is not None:

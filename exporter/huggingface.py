@@ -21,8 +21,9 @@ from txopt.exporter.attention import routed
 from txopt.exporter.cache import DecodeState, as_transformers, collecting, decoding
 from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
+from txopt.exporter.framing import Framing
 from txopt.exporter.pooling import Pooling, read_pooling
-from txopt.exporter.positions import make_tables, read_by_row
+from txopt.exporter.positions import computed_tables, make_tables, read_by_row
 from txopt.exporter.source import KV, Facts, Forward, Generated, Input
 from txopt.runtime.errors import SourceError, explain
 
@@ -59,13 +60,17 @@ class HuggingFaceSource:
     def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         named = {item.name: value for item, value in zip(self.facts.inputs, inputs, strict=True)}
         mask = named.get("attention_mask")
-        if mask is not None:
+        if mask is not None and not self.family.padding_mask:
             named["attention_mask"] = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)
         with routed(self.traced):
             if self.facts.kind == "encoder":
                 return self._named_outputs(self.traced(**named), mask)
             memory = self.traced.get_encoder()(**named)[0]
-            return memory, *self._cross_kv(memory)
+            if mask is None or self.facts.framing is None:
+                return memory, *self._cross_kv(memory)
+            lengths = self.facts.framing.frames(mask.sum(1))
+            heard = torch.arange(memory.shape[1]) < lengths[:, None]
+            return memory, *self._cross_kv(memory), heard.to(torch.int64)
 
     def _named_outputs(self, result: Any, mask: Tensor | None) -> tuple[Tensor, ...]:
         if "logits" in self.facts.outputs:
@@ -109,7 +114,7 @@ class HuggingFaceSource:
                 "decoder_input_ids": tokens,
                 "decoder_attention_mask": state.causal,
             }
-            if state.folded is not None:
+            if state.folded is not None and not self.family.padding_mask:
                 arguments["attention_mask"] = state.folded
         with routed(self.traced), decoding(state):
             logits = self.traced(**arguments).logits
@@ -126,16 +131,22 @@ class HuggingFaceSource:
             return Forward(None, out.logits.float(), _kv(out.past_key_values), [])
         encoded = self.module.get_encoder()(**inputs)
         arguments = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
-        out = self.module(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded[0]),
-            decoder_input_ids=tokens,
-            past_key_values=_growing_cache(),
-            use_cache=True,
-            **arguments,
-        )
-        cache = out.past_key_values
+        cache = _growing_cache()
+        logits = [
+            self.module(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded[0]),
+                decoder_input_ids=part,
+                past_key_values=cache,
+                use_cache=True,
+                **arguments,
+            ).logits
+            for part in (torch.split(tokens, 1, dim=1) if self.family.stepwise else [tokens])
+        ]
         return Forward(
-            encoded[0], out.logits.float(), _kv(cache.self_attention_cache), _kv(cache.cross_attention_cache)
+            encoded[0],
+            torch.cat(logits, dim=1).float(),
+            _kv(cache.self_attention_cache),
+            _kv(cache.cross_attention_cache),
         )
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,9 +260,12 @@ def _read(architecture: Any, directory: Path, config: Any, dtype: torch.dtype) -
     except Exception as err:  # transformers and safetensors raise a dozen kinds
         reason = str(err).strip().split("\n")[0]
         raise SourceError(f"{directory}: transformers cannot load it as {architecture.__name__}: {reason}") from err
-    # An encoder's pooler feeds no output here, and many checkpoints leave it out.
+    # An encoder's pooler feeds no output here, and many checkpoints leave it out; sinusoids are computed.
+    sinusoids = computed_tables(module)
     wanting = sorted(
-        name for name in report["missing_keys"] if "pooler." not in name or not architecture.__name__.endswith("Model")
+        name
+        for name in report["missing_keys"]
+        if name not in sinusoids and ("pooler." not in name or not architecture.__name__.endswith("Model"))
     )
     if wanting:
         raise SourceError(explain(f"{directory} lacks weights that config.json asks for:", wanting[:12]))
@@ -297,9 +311,12 @@ def facts_of(module: PreTrainedModel, family: Family) -> Facts:
         inputs=tuple(_sized(item, config) for item in family.inputs),
         generation=_generation(module),
         vocabulary=vocabulary,
-        source_vocabulary=int(getattr(config, "vocab_size", None) or vocabulary),
+        source_vocabulary=int(
+            getattr(config, "src_vocab_size", None) or getattr(config, "vocab_size", None) or vocabulary
+        ),
         limit=_value(config, family.limit),
         source_limit=_value(config, family.source_limit),
+        framing=_framing(config, family.convolutions),
         outputs=outputs,
         labels={str(k): str(v) for k, v in config.id2label.items()} if outputs == ("logits",) else None,
         scores=_scores(config, task) if outputs == ("logits",) else None,
@@ -315,8 +332,15 @@ def _scores(config: Any, task: str) -> str:
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
 
+def _framing(config: Any, lists: tuple[str, str] | None) -> Framing | None:
+    if lists is None:
+        return None
+    kernels, strides = (getattr(config, name) for name in lists)
+    return Framing(tuple((int(kernel), int(stride)) for kernel, stride in zip(kernels, strides, strict=True)))
+
+
 def _sized(item: Input, config: Any) -> Input:
-    named = {"B", "T"}
+    named = {"B", "T", "N"}
     return Input(
         name=item.name,
         dtype=item.dtype,

@@ -58,3 +58,9 @@ def make_tables(module: nn.Module, dtype: Any) -> None:
             made: Tensor = part.get_embedding(table.shape[0], part.embedding_dim, part.padding_idx)
             del part.weights
             part.register_buffer("weights", made.to(dtype), persistent=False)
+
+
+def computed_tables(module: nn.Module) -> set[str]:
+    """The names of sinusoidal tables that are parameters: transformers computes those that a checkpoint leaves out."""
+    parts = {name for name, part in module.named_modules() if hasattr(part, "get_embedding")}
+    return {name for name, _ in module.named_parameters() if name.rpartition(".")[0] in parts}

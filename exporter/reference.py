@@ -14,8 +14,9 @@ from torch import Tensor
 from txopt.exporter.case_plan import Plan, plans
 from txopt.exporter.precision import in_float32
 from txopt.exporter.source import Facts, Forward, Source
-from txopt.runtime.cases import Case, draw_floats, lengths, log_sum_exp, sample
+from txopt.runtime.cases import INPUT_HOLD, Case, draw_floats, lengths, log_sum_exp, sample
 from txopt.runtime.errors import SourceError
+from txopt.runtime.graphs import GLOBAL_MASK
 
 SEED = 20261123
 NEW_TOKENS = 12
@@ -41,20 +42,20 @@ def _record(source: Source, plan: Plan, generator: np.random.Generator) -> Case:
     }  # floats are float32, as the weights are now
     if facts.kind == "encoder":
         outputs = {key: value.numpy() for key, value in source.outputs(tensors).items()}
-        counts = lengths(inputs, 0)
+        counts = _lengths(facts, inputs, 0)
         expected = {key: _tagged(sample(key, value, counts), key, counts) for key, value in outputs.items()}
         return Case(name=plan.name, inputs=inputs, tokens=np.zeros((len(plan.rows), 0), np.int64), expected=expected)
     tokens = _ids(facts, facts.vocabulary, (len(plan.rows), sum(plan.schedule)), generator)
     forward = source.forward(tensors, torch.from_numpy(tokens))
     case = Case(
-        name=plan.name, inputs=inputs, tokens=tokens, schedule=plan.schedule, expected=_expected(forward, inputs)
+        name=plan.name, inputs=inputs, tokens=tokens, schedule=plan.schedule, expected=_expected(facts, forward, inputs)
     )
     return _with_generated(source, case, tensors) if plan.generates else case
 
 
-def _expected(forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _expected(facts: Facts, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
     logits = forward.logits.numpy()
-    counts = lengths(inputs, forward.memory.shape[1] if forward.memory is not None else 0)
+    counts = _lengths(facts, inputs, forward.memory.shape[1] if forward.memory is not None else 0)
     expected = {"logits": sample("logits", logits, counts), "log_sum_exp": log_sum_exp(logits)}
     if forward.memory is not None:
         expected["memory"] = sample("memory", forward.memory.numpy(), counts)
@@ -64,6 +65,12 @@ def _expected(forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
                 name = f"{kind}_{part}.{layer}"
                 expected[name] = sample(name, value.numpy(), counts)
     return expected
+
+
+def _lengths(facts: Facts, inputs: Mapping[str, Any], size: int) -> list[int]:
+    """Unpadded source lengths: of tokens, or of the frames that samples become."""
+    counts = lengths(inputs.get("attention_mask"), len(next(iter(inputs.values()))), size)
+    return counts if facts.framing is None else [facts.framing.frames(count) for count in counts]
 
 
 def _tagged(value: Any, name: str, counts: Sequence[int]) -> Any:
@@ -122,16 +129,24 @@ def _inputs(source: Source, rows: tuple[int, ...], generator: np.random.Generato
     if facts.kind == "decoder":
         return _prompt(facts, rows, generator)
     inputs: dict[str, Any] = {}
+    if facts.framing is not None:  # rows are frames; float inputs are drawn in steps of INPUT_HOLD samples
+        rows = tuple(-(-facts.framing.samples(row) // INPUT_HOLD) * INPUT_HOLD for row in rows)
     mask = (np.arange(max(rows)) < np.array(rows)[:, None]).astype(np.int64)
     for item in facts.inputs:
         if item.name == "attention_mask":
             inputs[item.name] = mask
+        elif (
+            item.name == GLOBAL_MASK
+        ):  # nothing in the first source, as generate() has it, and every third token in the others
+            marked = (np.arange(max(rows)) % 3 == 0) & (np.arange(len(rows)) > 0)[:, None]
+            inputs[item.name] = (mask * marked).astype(np.int64)
         elif item.dtype == "int64":
             ids = _ids(facts, facts.source_vocabulary, mask.shape, generator)
             inputs[item.name] = np.where(mask == 1, ids, facts.generation.get("pad_token_id") or 0)
         else:
-            shape = (len(rows), *(int(axis) for axis in item.axes[1:]))
-            inputs[item.name] = draw_floats(shape, generator)
+            shape = (len(rows), *(max(rows) if axis == "N" else int(axis) for axis in item.axes[1:]))
+            drawn = draw_floats(shape, generator)
+            inputs[item.name] = drawn * mask.astype(np.float32) if "N" in item.axes else drawn
     return inputs
 
 

@@ -1,7 +1,7 @@
 """What the pipeline asks of a model, wherever it comes from: facts, two traceable calls, and PyTorch's own answers.
 
 ``huggingface.py`` and ``custom_source.py`` implement it. Axes: B sources, R rows, Q query tokens, S self-cache length,
-T source length, H heads, D head size, M memory width, V vocabulary.
+T source length, N raw samples, H heads, D head size, M memory width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from txopt.exporter.framing import Framing
 
 Kind = str  # "encoder-decoder", "encoder" or "decoder": the artifact's graphs
 KV = tuple[Tensor, Tensor]
@@ -27,7 +29,8 @@ class Input:
 class Facts:
     """What the manifest says of a model; ``limit`` is the longest target, None where the model has no bound.
 
-    ``source_limit`` is the longest source a table of positions can hold. ``outputs`` names what an encoder-only model returns.
+    ``source_limit`` is the longest source a table of positions can hold. ``framing`` says what becomes of raw samples, where those
+    are the input. ``outputs`` names what an encoder-only model returns.
     """
 
     kind: Kind
@@ -39,13 +42,17 @@ class Facts:
     source_vocabulary: int
     limit: int | None = None
     source_limit: int | None = None
+    framing: Framing | None = None
     outputs: tuple[str, ...] = ()
     labels: Mapping[str, str] | None = None
     scores: str | None = None  # what makes a classifier's logits scores: "softmax", "sigmoid" or "none" (regression)
 
     @property
     def source_bounds(self) -> dict[str, int | None]:
-        """What must hold of a source's ids whoever makes them, as the manifest's front end says it; empty where there are none."""
+        """What must hold of a source's ids or samples whoever makes them, as the manifest's front end says it; else empty."""
+        if self.framing is not None:
+            longest = None if self.source_limit is None else self.framing.samples(self.source_limit + 1) - 1
+            return {"least_samples": self.framing.samples(1), "most_samples": longest}
         if self.kind == "decoder" or not any(item.name == "input_ids" for item in self.inputs):
             return {}
         return {"source_vocabulary": self.source_vocabulary, "source_positions": self.source_limit}
@@ -81,8 +88,8 @@ class Source(Protocol):
     facts: Facts
 
     def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Traceable. Inputs in the order of ``facts.inputs``; encoder-decoders give memory and then k, v of every layer,
-        encoder-only models their named outputs."""
+        """Traceable. Inputs in the order of ``facts.inputs``; encoder-decoders give memory and then k, v of every layer, and
+        where they make frames of samples the mask of these, int64 [B,T], at last; encoder-only models their named outputs."""
 
     def decode(
         self,

@@ -22,7 +22,7 @@ from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.plain import plain_modules
 from txopt.exporter.source import KV, Facts, Input, Source
 from txopt.runtime.errors import SourceError, TxoptError
-from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec
+from txopt.runtime.graphs import MASK, CacheSpec, GraphSpec, TensorSpec
 
 # Example sizes of the trace: all different, none 0 or 1, which torch.export would freeze.
 EXAMPLE = {"B": 2, "R": 6, "Q": 3, "S": 11, "T": 7}
@@ -81,7 +81,7 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
             return _trace_decoder(source, dtype, memory=None, cross=[])
         examples = [example(item, dtype, source.facts) for item in source.facts.inputs]
         results = source.encode(*examples)
-        names = source.facts.outputs if source.facts.kind == "encoder" else _cross_names(len(results))
+        names = source.facts.outputs if source.facts.kind == "encoder" else _names(source.facts, len(results))
         outputs = tuple(
             _spec(name, value, _encoder_axes(source, name, value)) for name, value in zip(names, results, strict=True)
         )
@@ -93,7 +93,8 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
         graph = _export(_Encoder(source), tuple(examples), (_dynamic(inputs),), spec)
         if source.facts.kind == "encoder":
             return Trace(graphs={"encoder": graph}, specs={"encoder": spec}, cache=None)
-        traced = _trace_decoder(source, dtype, memory=outputs, cross=list(results[1:]))
+        cross = [value for name, value in zip(names, results, strict=True) if name.startswith("cross_")]
+        traced = _trace_decoder(source, dtype, memory=outputs, cross=cross)
         return Trace(
             graphs={"encoder": graph, **traced.graphs}, specs={"encoder": spec, **traced.specs}, cache=traced.cache
         )
@@ -101,11 +102,12 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
 
 def example(item: Input, dtype: torch.dtype, facts: Facts) -> Tensor:
     """An input of the trace: the example sizes, no longer than the model's positions."""
-    sizes = {**EXAMPLE, "T": _source_length(facts)}
+    length = _source_length(facts)
+    sizes = {**EXAMPLE, "T": length, "N": length if facts.framing is None else facts.framing.samples(length)}
     shape = [sizes[axis] if isinstance(axis, str) else axis for axis in item.axes]
     if item.dtype == "int64":
         value = torch.ones(shape, dtype=torch.int64)
-        return value if item.name == "attention_mask" else value * 2
+        return value if item.name.endswith("attention_mask") else value * 2
     return torch.zeros(shape, dtype=dtype)
 
 
@@ -127,10 +129,10 @@ def _trace_decoder(
 
     specs = [_spec("input_ids", tokens, ("R", "Q")), _spec("position", position, ("R",))]
     if mask is not None:
-        specs.append(_spec("encoder_attention_mask", mask, ("B", "T")))
+        specs.append(_spec(MASK, mask, ("B", "T")))
     own = ("R", heads, "S", size)
     specs += [_spec(f"self_{kind}.{i}", buffer, own) for i in range(layers) for kind in ("key", "value")]
-    specs += [TensorSpec(name=item.name, dtype=item.dtype, axes=item.axes) for item in (memory or ())[1:]]
+    specs += [item for item in memory or () if item.name.startswith("cross_")]
     outputs = [TensorSpec(name="logits", dtype="float32", axes=("R", "Q", source.facts.vocabulary))]
     outputs += [_spec(f"present_{kind}.{i}", buffer, own) for i in range(layers) for kind in ("key", "value")]
     spec = GraphSpec(file="decoder.onnx", inputs=tuple(specs), outputs=tuple(outputs))
@@ -139,7 +141,7 @@ def _trace_decoder(
     dims = [
         _dynamic(specs[:1])[0],
         _dynamic(specs[1:2])[0],
-        _dynamic([by_name["encoder_attention_mask"]])[0] if padded else None,
+        _dynamic([by_name[MASK]])[0] if padded else None,
         [_dynamic((by_name[f"self_key.{i}"], by_name[f"self_value.{i}"])) for i in range(layers)],
         [_dynamic((by_name[f"cross_key.{i}"], by_name[f"cross_value.{i}"])) for i in range(len(pairs))],
     ]
@@ -166,14 +168,18 @@ def source_cache_shape(source: Source, cross: Sequence[Tensor]) -> tuple[int, in
     return len(kv), kv[0][0].shape[1], kv[0][0].shape[3]
 
 
-def _cross_names(count: int) -> tuple[str, ...]:
-    return ("memory", *(f"cross_{kind}.{i}" for i in range((count - 1) // 2) for kind in ("key", "value")))
+def _names(facts: Facts, count: int) -> tuple[str, ...]:
+    """What an encoder-decoder's encoder gives: see ``Source.encode``."""
+    cross = (f"cross_{kind}.{i}" for i in range((count - 1) // 2) for kind in ("key", "value"))
+    return ("memory", *cross, *([MASK] if facts.framing is not None and facts.padded else []))
 
 
 def _encoder_axes(source: Source, name: str, value: Tensor) -> tuple[str | int, ...]:
     """The source length is a symbol where an input has one, else the number the model makes of its fixed input."""
-    length = "T" if any("T" in item.axes for item in source.facts.inputs) else None
-    where = {"memory": 1, "logits": 1 if value.dim() == 3 else None}.get(name, 2 if name.startswith("cross_") else None)
+    length = "T" if any({"T", "N"} & set(item.axes) for item in source.facts.inputs) else None
+    where = {"memory": 1, MASK: 1, "logits": 1 if value.dim() == 3 else None}.get(
+        name, 2 if name.startswith("cross_") else None
+    )
     return tuple(
         "B" if i == 0 else length if i == where and length is not None else int(size)
         for i, size in enumerate(value.shape)
@@ -184,7 +190,7 @@ def _spec(name: str, value: Tensor, axes: tuple[str | int, ...]) -> TensorSpec:
     return TensorSpec(name=name, dtype=NAMES[value.dtype], axes=axes)
 
 
-_DIMS = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in EXAMPLE}
+_DIMS = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in (*EXAMPLE, "N")}
 
 
 def _dynamic(specs: Sequence[TensorSpec]) -> tuple[dict[int, object], ...]:

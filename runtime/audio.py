@@ -59,6 +59,36 @@ def read_audio(
     return resample(_finite(name, mono), rate, sampling_rate)
 
 
+def heard(
+    source: AudioSource, name: str, sampling_rate: int, *, window: Window | None = None, longest: float | None = None
+) -> Samples:
+    """Samples of a file, or of an array [N] that has this rate already; arguments and errors as ``read_audio``.
+
+    Raises:
+        InputError: also an array that is not one channel of samples, and what is no sound.
+    """
+    if isinstance(source, np.ndarray):
+        return _part(source, name, sampling_rate, window, longest)
+    if isinstance(source, (str, Path)) or hasattr(source, "read"):
+        return read_audio(source, sampling_rate, window=window, longest=longest)
+    raise InputError(
+        f"{name}: expected a path, an open binary file or a float array of samples, found {type(source).__name__}; "
+        "make plain numbers an array, and put the array into a list: [np.array(samples, np.float32)]"
+    )
+
+
+def _part(
+    samples: NDArray[Any], name: str, sampling_rate: int, window: Window | None, longest: float | None
+) -> Samples:
+    if samples.ndim != 1 or samples.dtype.kind != "f" or samples.size == 0:
+        raise InputError(
+            f"{name}: expected samples of one channel, floats in [-1, 1] of shape [N] at {sampling_rate} Hz; "
+            f"found {samples.dtype} {list(samples.shape)}; average channels, divide integers by their largest value"
+        )
+    start, stop = _bounds(name, window, longest, samples.size / sampling_rate)
+    return _finite(name, samples[round(start * sampling_rate) : round(stop * sampling_rate)].astype(np.float32))
+
+
 class AudioFrontend:
     """Sound to features.
 
@@ -91,32 +121,15 @@ class AudioFrontend:
         """
         if len(audio) == 0:
             raise InputError("expected at least one sound, found none")
-        rows = [self._heard(item, f"sound {index}", window) for index, item in enumerate(audio)]
+        rows = [
+            heard(item, f"sound {index}", self.sampling_rate, window=window, longest=self.seconds)
+            for index, item in enumerate(audio)
+        ]
         return {"input_features": np.stack([self._features(row) for row in rows])}
 
     def features(self, samples: NDArray[Any]) -> NDArray[np.float32]:
         """float32 [1, feature_size, frames] of ``samples`` [N] at ``sampling_rate`` Hz; errors as ``encode``."""
-        return self._features(self._samples(samples, "samples", None))[None]
-
-    def _heard(self, source: AudioSource, name: str, window: Window | None) -> Samples:
-        if isinstance(source, np.ndarray):
-            return self._samples(source, name, window)
-        if isinstance(source, (str, Path)) or hasattr(source, "read"):
-            return read_audio(source, self.sampling_rate, window=window, longest=self.seconds)
-        raise InputError(
-            f"{name}: expected a path, an open binary file or a float array of samples, found {type(source).__name__}; "
-            "make plain numbers an array, and put the array into a list: [np.array(samples, np.float32)]"
-        )
-
-    def _samples(self, samples: NDArray[Any], name: str, window: Window | None) -> Samples:
-        if samples.ndim != 1 or samples.dtype.kind != "f" or samples.size == 0:
-            raise InputError(
-                f"{name}: expected samples of one channel, floats in [-1, 1] of shape [N] at {self.sampling_rate} Hz; "
-                f"found {samples.dtype} {list(samples.shape)}; average channels, divide integers by their largest value"
-            )
-        start, stop = _bounds(name, window, self.seconds, samples.size / self.sampling_rate)
-        part = samples[round(start * self.sampling_rate) : round(stop * self.sampling_rate)]
-        return _finite(name, part.astype(np.float32))
+        return self._features(heard(samples, "samples", self.sampling_rate, longest=self.seconds))[None]
 
     def _features(self, samples: Samples) -> NDArray[np.float32]:
         return log_mel(

@@ -75,10 +75,8 @@ def places(length: int, count: int = POSITIONS) -> NDArray[np.int64]:
     return np.linspace(0, length - 1, count).round().astype(np.int64)
 
 
-def lengths(case_inputs: Mapping[str, Array], size: int) -> list[int]:
-    """Unpadded source lengths of a case's rows; ``size`` where nothing is padded."""
-    mask = case_inputs.get("attention_mask")
-    batch = len(next(iter(case_inputs.values())))
+def lengths(mask: Array | None, batch: int, size: int) -> list[int]:
+    """Unpadded source lengths of a case's rows, as ``mask`` [B,T] says; ``size`` where nothing is padded."""
     return [size] * batch if mask is None else [int(n) for n in mask.sum(1)]
 
 

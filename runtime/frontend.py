@@ -12,7 +12,7 @@ from txopt.runtime.strict_json import show
 
 Frontend = Mapping[str, Any]
 
-TYPES = ("text", "audio", "image", "arrays")
+TYPES = ("text", "audio", "waveform", "image", "arrays")
 TOKENIZERS = ("tokenizer", "target_tokenizer")  # keys that name files
 SCORES = ("softmax", "sigmoid", "none")
 LANGUAGES = ("source_language", "target_language")
@@ -29,6 +29,12 @@ class Rule:
     expected: str
     holds: Callable[[Any], bool]
     needed: bool = False
+
+
+def kind_of(frontend: Frontend) -> str:
+    """What a user gives: "text", "audio", "image" or "arrays"; a waveform is audio that is not made spectra of."""
+    kind = str(frontend["type"])
+    return "audio" if kind == "waveform" else kind
 
 
 def frontend_problems(frontend: Frontend) -> Iterator[str]:
@@ -132,6 +138,8 @@ COMMON: dict[str, Rule] = {
     "timestamp_begin": _or_null(_ID),
     "source_vocabulary": _or_null(_integer(1)),
     "source_positions": _or_null(_integer(1)),
+    "least_samples": _or_null(_integer(1)),
+    "most_samples": _or_null(_integer(1)),
     "labels": Rule(expected='an object of names, "0" and on without gaps', holds=_is_labels),
     "scores": _one_of(*SCORES),
 }
@@ -171,6 +179,11 @@ KEYS: dict[str, dict[str, Rule]] = {
         "task_to_id": _IDS,
         "language_names": _map("an object of language codes, texts", _is_text),
         "no_timestamps_token_id": _or_null(_ID),
+    },
+    "waveform": {
+        "sampling_rate": _needed(_integer(*RATES)),
+        "padding_value": _NUMBER,
+        "do_normalize": _FLAG,
     },
     "image": {
         "do_resize": _FLAG,
@@ -226,6 +239,12 @@ def _of_image(frontend: Frontend) -> Iterator[str]:
                 yield f"frontend.{key}: expected {words}, integers from 1 to {WIDEST}, found {found}"
 
 
+def _of_waveform(frontend: Frontend) -> Iterator[str]:
+    least, most = frontend.get("least_samples"), frontend.get("most_samples")
+    if least is not None and most is not None and least > most:
+        yield f"frontend.least_samples: expected no more than most_samples, {most}, found {least}"
+
+
 def _of_arrays(frontend: Frontend) -> Iterator[str]:
     return iter(())
 
@@ -245,6 +264,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 CONTRADICTIONS: dict[str, Callable[[Frontend], Iterator[str]]] = {
     "text": _of_text,
     "audio": _of_audio,
+    "waveform": _of_waveform,
     "image": _of_image,
     "arrays": _of_arrays,
 }

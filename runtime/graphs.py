@@ -4,7 +4,7 @@ Owns the alphabet of axes and the names of inputs and outputs (docs/format.md, "
 judges what a manifest says of the graphs.
 
     B sources   R rows, B times beams   Q query length   S self-cache length   T source length
-    H heads     D head size             M memory width   V vocabulary
+    H heads     D head size             M memory width   V vocabulary          N samples of sound
 """
 
 import re
@@ -14,10 +14,14 @@ from typing import Any
 
 from txopt.runtime.strict_json import Fields, show
 
-AXES = ("B", "R", "Q", "S", "T")  # the lengths that vary; H, D, M and V are numbers in every graph
+AXES = ("B", "R", "Q", "S", "T", "N")  # the lengths that vary; H, D, M and V are numbers in every graph
 DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
 FLOATS = DTYPES[:3]
 Axes = tuple[str | int, ...]
+MASK = "encoder_attention_mask"  # int64 [B,T], of the decoder's inputs; of the encoder's outputs where its own mask is longer
+GLOBAL_MASK = (
+    "global_attention_mask"  # int64 [B,T], of encoders that attend to windows: 1 where a token is seen and sees beyond
+)
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9._/:-]{1,200}", re.ASCII)
 
 

@@ -10,19 +10,28 @@ import numpy as np
 
 from txopt.runtime.arrays import Array, as_array
 from txopt.runtime.errors import InputError, explain
-from txopt.runtime.graphs import GraphSpec, TensorSpec
+from txopt.runtime.graphs import GLOBAL_MASK, GraphSpec, TensorSpec
+
+_MASKED = {"input_ids", "input_values"}  # what an attention_mask may be left out for: nothing is padded then
 
 
 def check_inputs(
-    spec: GraphSpec, inputs: Mapping[str, Any], *, vocabulary: int | None = None, positions: int | None = None
+    spec: GraphSpec,
+    inputs: Mapping[str, Any],
+    *,
+    vocabulary: int | None = None,
+    positions: int | None = None,
+    samples: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, Array]:
     """The graph's feeds, in its dtypes; every problem with ``inputs`` in one InputError.
 
     Args:
         spec: the encoder's; what varies in its inputs' axes agrees within a call.
-        inputs: arrays, or what becomes one, by name; a missing attention_mask means no padding.
+        inputs: arrays, or what becomes one, by name; a missing attention_mask means no padding, a missing
+            global_attention_mask no token of global attention.
         vocabulary: input_ids are below it; None: the manifest does not say.
         positions: the most columns that input_ids may have, padding included; None: no bound, or the manifest is silent.
+        samples: the fewest samples that each row of input_values may have, and the most columns of it; None: as above.
     """
     known = {item.name: item for item in spec.inputs}
     problems = [f"{name}: unknown; expected {', '.join(known)}" for name in inputs if name not in known]
@@ -33,9 +42,13 @@ def check_inputs(
                 given[name] = np.ascontiguousarray(as_array(name, value))
             except InputError as err:
                 problems.append(str(err))
-        elif name == "attention_mask" and "input_ids" in given:
-            given[name] = np.ones(given["input_ids"].shape, np.int64)
-        elif not (name == "attention_mask" and inputs.get("input_ids") is not None):  # else the ids are the problem
+        elif name == "attention_mask" and (masked := _MASKED & given.keys()):
+            given[name] = np.ones(given[masked.pop()].shape, np.int64)
+        elif name == GLOBAL_MASK and "input_ids" in given:
+            given[name] = np.zeros(given["input_ids"].shape, np.int64)
+        elif name not in ("attention_mask", GLOBAL_MASK) or all(
+            inputs.get(each) is None for each in _MASKED
+        ):  # else these are the problem
             problems.append(f"{name}: missing; expected {known[name].dtype} {axes_of(known[name])}")
     sizes: dict[str, int] = {}
     for name, found in given.items():
@@ -43,6 +56,8 @@ def check_inputs(
         if name == "input_ids" and not misfits:
             misfits = _beyond(found, vocabulary, positions)
         problems += misfits
+    if not problems and "input_values" in given:
+        problems = _unheard(given["input_values"], given.get("attention_mask"), *samples)
     if problems:
         raise InputError(explain("the inputs do not fit the model:", problems))
     return {name: value.astype(_dtype(known[name]), copy=False) for name, value in given.items()}
@@ -81,6 +96,19 @@ def _beyond(ids: Array, vocabulary: int | None, positions: int | None) -> list[s
         problems.append(
             f"input_ids: expected sources of at most {positions} tokens, padding included: the model knows as many "
             f"positions; got {width}; shorten them"
+        )
+    return problems
+
+
+def _unheard(sound: Array, mask: Array | None, least: int | None, most: int | None) -> list[str]:
+    """Where sounds [B,N] are too short to make a frame, or longer than the model has positions for."""
+    problems = []
+    shortest = sound.shape[1] if mask is None else int(mask.sum(1).min())
+    if least is not None and shortest < least:
+        problems.append(f"input_values: expected sounds of at least {least} samples, got {shortest}; make it longer")
+    if most is not None and sound.shape[1] > most:
+        problems.append(
+            f"input_values: expected sounds of at most {most} samples, padding included, got {sound.shape[1]}; cut it up"
         )
     return problems
 

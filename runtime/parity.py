@@ -212,11 +212,13 @@ def _answers(model: Model, case: Case) -> tuple[dict[str, Array], list[int]]:
     session = model.session
     if model.manifest.kind == "decoder":
         encoded, got, size = None, {}, 0
+        mask = case.inputs.get("attention_mask")
     else:
         encoded = session.encode(case.inputs)
         got = {name: session.array(value) for name, value in encoded.values.items()}
         size = got["memory"].shape[1] if "memory" in got else 0
-    counts = lengths(case.inputs, size)
+        mask = encoded.mask
+    counts = lengths(mask, len(next(iter(case.inputs.values()))), size)
     if model.manifest.kind == "encoder":
         if "logits" in got and got["logits"].ndim == 3:
             got["logits"] = got["logits"].copy()
@@ -302,12 +304,12 @@ def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
     if padded is None or model.manifest.kind == "decoder":
         return found
     name = "logits" if "logits" in padded.expected else "embedding"
-    together, counts = _answers(model, padded)
+    together = _answers(model, padded)[0]
     worst = 0.0
-    for row, count in enumerate(counts):
+    for row in range(len(padded.tokens)):
         alone = Case(
             name="alone",
-            inputs=_trimmed({key: value[row : row + 1] for key, value in padded.inputs.items()}, count),
+            inputs=_trimmed({key: value[row : row + 1] for key, value in padded.inputs.items()}),
             tokens=padded.tokens[row : row + 1],
             schedule=padded.schedule,
         )
@@ -333,8 +335,9 @@ def _batched(model: Model, case: Case, name: str) -> float:
     return float(np.abs(_answers(model, copies)[0][name] - alone).max())
 
 
-def _trimmed(inputs: Mapping[str, Array], count: int) -> dict[str, Array]:
+def _trimmed(inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Inputs of one row without its padding."""
     if "attention_mask" not in inputs:
         return dict(inputs)
+    count = int(inputs["attention_mask"].sum())
     return {key: value[:, :count] for key, value in inputs.items()}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.frontend import kind_of
 
 if TYPE_CHECKING:
     from txopt.runtime.model import Model
@@ -33,7 +34,7 @@ class Pipeline:
 
     def __init__(self, model: "Model", kind: str | None = None) -> None:
         self._model, self._frontend = model, model.manifest.frontend
-        self.kind = str(self._frontend["type"])
+        self.kind = kind_of(self._frontend)
         if kind is not None and kind != self.kind:
             hint = "give arrays: model.generate(input_ids=...)" if self.kind == "arrays" else f"use {self.kind!r}"
             raise UsageError(f"this artifact takes {self.kind}, not {kind}; {hint}")
@@ -44,6 +45,10 @@ class Pipeline:
             from txopt.runtime.text import TextFrontend
 
             self._input = self._text = TextFrontend(directory, self._frontend)
+        elif self._frontend["type"] == "waveform":
+            from txopt.runtime.waveform import WaveformFrontend
+
+            self._input = WaveformFrontend(self._frontend)
         elif self.kind == "audio":
             from txopt.runtime.audio import AudioFrontend
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.frontend import kind_of
 from txopt.runtime.generate import tokens
 from txopt.runtime.model import Model, load
 from txopt.runtime.options import COLDEST
@@ -94,7 +95,7 @@ def _check_temperature(temperature: float | None) -> None:
 
 def _check_kind(model: Model, kind: str) -> None:
     """Refuses what the artifact's front end does not take, and names the option that gives it what it does."""
-    taken = str(model.manifest.frontend["type"])
+    taken = kind_of(model.manifest.frontend)
     if taken == "arrays":
         graph = model.manifest.graphs.get("encoder")
         names = ["input_ids", "attention_mask"] if graph is None else [item.name for item in graph.inputs]

@@ -17,12 +17,11 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
 from txopt.runtime.counts import allocating, count
 from txopt.runtime.errors import ArtifactError, InputError, UsageError, explain
-from txopt.runtime.graphs import Axes, CacheSpec, GraphSpec
+from txopt.runtime.graphs import MASK, Axes, CacheSpec, GraphSpec
 from txopt.runtime.inputs import axes_of, check_inputs
 from txopt.runtime.opened import mismatches
 from txopt.runtime.strict_json import limited
 
-MASK = "encoder_attention_mask"
 FIRST_BUCKET = 64  # self-cache length of a new decoder; attention costs time in proportion to it
 
 Array = NDArray[Any]
@@ -88,8 +87,11 @@ class Session:
             inputs,
             vocabulary=frontend.get("source_vocabulary"),
             positions=frontend.get("source_positions"),
+            samples=(frontend.get("least_samples"), frontend.get("most_samples")),
         )
-        return Encoded(len(next(iter(feeds.values()))), runner.run(feeds), feeds.get("attention_mask"))
+        values = runner.run(feeds)
+        mask = runner.array(values[MASK]) if MASK in values else feeds.get("attention_mask")
+        return Encoded(len(next(iter(feeds.values()))), values, mask)
 
     def decoder(self, encoded: Encoded | None, *, beams: int = 1, batch: int = 1) -> "RowDecoder":
         """A decoder of batch times ``beams`` rows; the batch is the encoded sources' where there are any.

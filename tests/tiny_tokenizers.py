@@ -76,6 +76,18 @@ def bert(directory: Path) -> Path:
     return directory
 
 
+def prophetnet(directory: Path) -> Path:
+    """BERT's word pieces under another name, with a second separator."""
+    bert(directory)
+    pieces_of_bert = (directory / "vocab.txt").read_text("utf-8")
+    (directory / "vocab.txt").unlink()
+    (directory / "prophetnet.tokenizer").write_text(pieces_of_bert + "\n[X_SEP]", "utf-8")
+    write_config(directory, model_type="prophetnet")
+    settings = {"tokenizer_class": "ProphetNetTokenizer", "model_max_length": 16}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
 def t5(directory: Path) -> Path:
     """Unigram, as spiece.model alone."""
     write_config(directory, model_type="t5")
@@ -181,4 +193,15 @@ def nllb(directory: Path) -> Path:
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     NllbTokenizer(vocab=model["vocab"], merges=merges, src_lang="eng_Latn").save_pretrained(directory)
+    return directory
+
+
+def speecht5(directory: Path, *, config: bool = True) -> Path:
+    """Characters, as spm_char.model alone; <pad> and the like are pieces of the model's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if config:
+        write_config(directory, model_type="speecht5")
+    options = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
+    train_sentencepiece(directory / "spm_char.model", ENGLISH, 50, "char", hard_vocab_limit=False, **options)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SpeechT5Tokenizer"}))
     return directory

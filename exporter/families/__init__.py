@@ -1,18 +1,38 @@
 """Every family txopt knows, as one literal; a family costs one file and one line here."""
 
-from txopt.exporter.families import bart, bert, gpt2, m2m_100, marian, t5, vision, whisper
+from txopt.exporter.families import (
+    bart,
+    bert,
+    fsmt,
+    gpt2,
+    led,
+    m2m_100,
+    marian,
+    prophetnet,
+    speecht5,
+    t5,
+    vision,
+    whisper,
+)
 from txopt.exporter.families.family import Family
 from txopt.runtime.errors import SourceError
 
 FAMILIES: tuple[Family, ...] = (
     t5.T5,
+    t5.UMT5,
     bart.BART,
     bart.MBART,
     bart.MVP,
+    bart.PLBART,
+    bart.BLENDERBOT,
+    led.LED,
     marian.MARIAN,
     marian.PEGASUS,
     m2m_100.M2M100,
+    fsmt.FSMT,
+    prophetnet.PROPHETNET,
     whisper.WHISPER,
+    speecht5.SPEECHT5,
     vision.VISION_ENCODER_DECODER,
     bert.BERT,
     bert.ROBERTA,

@@ -1,4 +1,4 @@
-"""BART, mBART and MVP: learned positions, stored two rows further down."""
+"""BART and its relatives: learned positions, stored two rows further down, but for Blenderbot's."""
 
 from dataclasses import replace
 
@@ -16,6 +16,15 @@ BART = Family(
 )
 
 MBART = replace(BART, name="mbart", model_types=("mbart",))
+
+PLBART = replace(BART, name="plbart", model_types=("plbart",))
+
+BLENDERBOT = replace(
+    BART,
+    name="blenderbot",
+    model_types=("blenderbot", "blenderbot-small"),
+    positions=(Positions(path="model.decoder.embed_positions"),),
+)
 
 
 def wrap_attention(module: nn.Module) -> nn.Module:

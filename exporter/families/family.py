@@ -37,12 +37,17 @@ class Family:
         kind: "encoder-decoder", "encoder" or "decoder".
         task: what the artifact does, unless the architecture says otherwise (``tasks``).
         inputs: the encoder's inputs; sizes named like configuration values ("num_mel_bins") are read from there.
+        convolutions: where inputs are raw samples [B,N], the configuration's lists of the kernels and strides that make frames.
         decoders: the ``model_type`` values of ``config.decoder`` that the family knows; empty where there is one decoder.
         positions: the decoder's table of positions, where the model itself takes one position for all rows; the first that is
             there counts.
         limit: the configuration value that bounds the target, None where nothing does.
         source_limit: the configuration value that bounds a text source.
         position_argument: the name under which the model takes positions [R,Q], where it does.
+        padding_mask: the encoder's attention_mask stays [B,T], and the decoder gets none: their attention is not transformers'
+            interface, and what a hook makes of it finds the mask in the decoder call.
+        stepwise: what transformers' decoder says of several tokens is not what it generates by, one token at a time; so that is
+            how its references are recorded.
         hook: prepares a copy of the module for the trace; needs a paragraph in docs/decisions.md.
     """
 
@@ -51,9 +56,12 @@ class Family:
     kind: str = "encoder-decoder"
     task: str = "text-to-text"
     inputs: tuple[Input, ...] = TEXT
+    convolutions: tuple[str, str] | None = None
     decoders: tuple[str, ...] = ()
     positions: tuple[Positions, ...] = ()
     limit: str | None = None
     source_limit: str | None = None
     position_argument: str | None = None
+    padding_mask: bool = False
+    stepwise: bool = False
     hook: Hook | None = None

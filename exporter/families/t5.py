@@ -1,6 +1,6 @@
-"""T5, with ReLU or gated feed-forward: its relative position bias becomes a table over distances."""
+"""T5, with ReLU or gated feed-forward, and UMT5, whose layers each have a bias: it becomes a table over distances."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,17 +20,10 @@ class DistanceTable(nn.Module):
         super().__init__()
         self.causal = bool(attention.is_decoder)
         self.reach = int(attention.relative_attention_max_distance)
-        distances = torch.arange(
-            0 if self.causal else -self.reach, self.reach + 1
-        )  # how far the key lies before the query
-        bucket: Callable[..., Tensor] = attention._relative_position_bucket
-        buckets = bucket(
-            -distances,
-            bidirectional=not self.causal,
-            num_buckets=attention.relative_attention_num_buckets,
-            max_distance=self.reach,
-        )
-        self.table = nn.Parameter(attention.relative_attention_bias.weight[buckets].detach(), requires_grad=False)
+        keys = self.reach + 1 if self.causal else 2 * self.reach + 1
+        of_last: Tensor = attention.compute_bias(self.reach + 1, keys)[0, :, self.reach]  # [H,keys]
+        table = of_last.flip(1).T.contiguous()  # by how far a key lies before the query, from the furthest behind it
+        self.table = nn.Parameter(table.detach(), requires_grad=False)
 
     def forward(self, query_length: Any, key_length: Any, device: Any = None, past_seen_tokens: Any = 0) -> Tensor:
         """[R or 1,H,Q,S] in the table's dtype."""
@@ -52,3 +45,5 @@ def tabulate_bias(module: nn.Module) -> nn.Module:
 
 
 T5 = Family(name="t5", model_types=("t5", "mt5"), hook=tabulate_bias)
+
+UMT5 = replace(T5, name="umt5", model_types=("umt5",))

@@ -1,5 +1,6 @@
-"""Attention that is written out in transformers (TrOCR, MVP), routed like everyone else's."""
+"""Attention that is written out in transformers (TrOCR, MVP, FSMT, ...), routed like everyone else's."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,11 +10,15 @@ from txopt.runtime.errors import SourceError
 
 
 class WrittenOut(nn.Module):
-    """An attention in the words of transformers' attention interface, which its own code does not use."""
+    """An attention in the words of transformers' attention interface, which its own code does not use.
 
-    def __init__(self, attention: nn.Module) -> None:
+    ``projections``: what it calls the projections of query, key and value.
+    """
+
+    def __init__(self, attention: Any, projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")) -> None:
         super().__init__()
         self.inner = attention
+        self.projections = projections
 
     def forward(
         self,
@@ -31,26 +36,27 @@ class WrittenOut(nn.Module):
         inner: Any = self.inner
         cross = key_value_states is not None
         source = hidden_states if key_value_states is None else key_value_states
-        query = self._heads(inner.q_proj(hidden_states))
+        to_query, to_key, to_value = (getattr(inner, name) for name in self.projections)
+        query = self._heads(to_query(hidden_states))
         if cross and past_key_values is not None and past_key_values.is_updated.get(inner.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[inner.layer_idx]
             key, value = layer.keys, layer.values
         else:
-            key, value = self._heads(inner.k_proj(source)), self._heads(inner.v_proj(source))
+            key, value = self._heads(to_key(source)), self._heads(to_value(source))
             if past_key_values is not None:
                 cache = past_key_values.cross_attention_cache if cross else past_key_values.self_attention_cache
                 key, value = cache.update(key, value, inner.layer_idx)
-        out, _weights = attend(inner, query, key, value, attention_mask, scaling=inner.scaling)
+        out, _weights = attend(inner, query, key, value, attention_mask, scaling=getattr(inner, "scaling", None))
         return inner.out_proj(out.reshape(*hidden_states.shape[:2], -1)), None
 
     def _heads(self, x: Tensor) -> Tensor:
-        inner: Any = self.inner
-        return x.view(x.shape[0], -1, inner.num_heads, inner.head_dim).transpose(1, 2)
+        size: Any = self.inner.head_dim
+        return x.view(x.shape[0], -1, x.shape[-1] // size, size).transpose(1, 2)
 
 
-def wrap(stack: Any) -> None:
-    """Puts ``WrittenOut`` around every attention in the layers of an encoder or a decoder."""
+def wrap(stack: Any, wrapper: Callable[[nn.Module], nn.Module] = WrittenOut) -> None:
+    """Puts ``wrapper`` around every attention in the layers of an encoder or a decoder."""
     for layer in stack.layers:
-        layer.self_attn = WrittenOut(layer.self_attn)
+        layer.self_attn = wrapper(layer.self_attn)
         if hasattr(layer, "encoder_attn"):
-            layer.encoder_attn = WrittenOut(layer.encoder_attn)
+            layer.encoder_attn = wrapper(layer.encoder_attn)

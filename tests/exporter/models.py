@@ -8,6 +8,17 @@ import torch
 import transformers as t
 
 _SIZES: dict[str, Any] = {"vocab_size": 100, "d_model": 64}
+_SIZES_OF_FSMT: dict[str, Any] = {"src_vocab_size": 110, "tgt_vocab_size": 100, "d_model": 64}
+_PROPHETNET: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+}
 _LAYERS: dict[str, Any] = {
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -55,6 +66,25 @@ def _whisper() -> Any:
     return t.WhisperForConditionalGeneration(config)
 
 
+def _speecht5() -> Any:
+    """One second of sound is 16 frames here: kernels and strides that agree with nothing else."""
+    config = t.SpeechT5Config(
+        vocab_size=100,
+        hidden_size=64,
+        **_LAYERS,
+        **_IDS,
+        conv_dim=(32, 32, 32),
+        conv_kernel=(10, 8, 3),
+        conv_stride=(5, 4, 2),
+        num_conv_pos_embeddings=6,
+        num_conv_pos_embedding_groups=4,
+        encoder_max_relative_position=3,
+        max_speech_positions=60,
+        max_text_positions=80,
+    )
+    return t.SpeechT5ForSpeechToText(config)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**_T5)),
     "t5-gated": lambda: t.T5ForConditionalGeneration(
@@ -65,6 +95,14 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         t.T5Config(**{**_T5, "d_model": 48, "d_kv": 24, "num_heads": 5, "num_layers": 1, "num_decoder_layers": 3})
     ),
     "mt5": lambda: t.MT5ForConditionalGeneration(t.MT5Config(**_T5)),
+    "umt5": lambda: t.UMT5ForConditionalGeneration(t.UMT5Config(**_T5)),
+    "plbart": lambda: t.PLBartForConditionalGeneration(t.PLBartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
+    "blenderbot": lambda: t.BlenderbotForConditionalGeneration(
+        t.BlenderbotConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)
+    ),
+    "blenderbot-small": lambda: t.BlenderbotSmallForConditionalGeneration(
+        t.BlenderbotSmallConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)
+    ),
     "mvp": lambda: t.MvpForConditionalGeneration(t.MvpConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
     "mbart": lambda: t.MBartForConditionalGeneration(t.MBartConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
@@ -75,8 +113,28 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         t.PegasusConfig(**_SIZES, **_LAYERS, **_POSITIONS, **_START_AT_PAD)
     ),
     "m2m_100": lambda: t.M2M100ForConditionalGeneration(t.M2M100Config(**_SIZES, **_LAYERS, **_POSITIONS, **_IDS)),
+    # Two vocabularies, and a source's ids that the target's does not have.
+    # Windows of two sizes, shorter than the sources of the reference cases.
+    "led": lambda: t.LEDForConditionalGeneration(
+        t.LEDConfig(
+            **_SIZES,
+            **_LAYERS,
+            **_IDS,
+            attention_window=[8, 4],
+            max_encoder_position_embeddings=80,
+            max_decoder_position_embeddings=80,
+        )
+    ),
+    "fsmt": lambda: t.FSMTForConditionalGeneration(
+        t.FSMTConfig(**_SIZES_OF_FSMT, **_LAYERS, **_POSITIONS, num_beams=1, max_length=20)
+    ),
+    # Three streams that predict, of which one is exported; distances that share buckets.
+    "prophetnet": lambda: t.ProphetNetForConditionalGeneration(
+        t.ProphetNetConfig(**_PROPHETNET, **_POSITIONS, ngram=3, num_buckets=8, relative_max_distance=16)
+    ),
     "whisper": _whisper,
     "trocr": _trocr,
+    "speecht5": _speecht5,
     "gpt2": lambda: t.GPT2LMHeadModel(
         t.GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=80, bos_token_id=0, eos_token_id=2)
     ),

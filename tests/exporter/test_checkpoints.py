@@ -1,5 +1,6 @@
 """Checkpoints that are not what they say: refused, named, before anything is made of them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 import transformers as t
 from safetensors.numpy import load_file, save_file
+from transformers.models.fsmt.modeling_fsmt import SinusoidalPositionalEmbedding
 
 from tests.exporter.models import checkpoint
+from txopt.exporter import huggingface
 from txopt.exporter.pipeline import export
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
@@ -43,6 +46,29 @@ def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"lacks weights.*\n.*classifier\.weight"):
         export(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_is_computed_may_be_missing(tmp_path: Path) -> None:
+    """FSMT's checkpoints were published without their sinusoids."""
+    source = checkpoint("fsmt", tmp_path)
+    weights = load_file(source / "model.safetensors")
+    sinusoids = [name for name in weights if "embed_positions" in name]
+    assert len(sinusoids) == 2
+    rest = {name: value for name, value in weights.items() if name not in sinusoids}
+    save_file(rest, source / "model.safetensors", {"format": "pt"})
+    module = huggingface.load(source, torch.float32).module
+    for name in sinusoids:
+        table = module.get_parameter(name)
+        made = SinusoidalPositionalEmbedding.get_embedding(*table.shape, module.config.pad_token_id)
+        torch.testing.assert_close(table, made)
+
+
+def test_a_prophetnet_that_transformers_cannot_run_is_refused(tmp_path: Path) -> None:
+    source = checkpoint("prophetnet", tmp_path)
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    (source / "config.json").write_text(json.dumps(config | {"pad_token_id": 1}))
+    with pytest.raises(SourceError, match="pad_token_id: expected 0, got 1"):
+        export(source, tmp_path / "out")
 
 
 HEADS: dict[str, Callable[[], Any]] = {

@@ -11,13 +11,14 @@ import torch
 
 from tests.exporter.models import BUILDERS
 from txopt.exporter import huggingface
-from txopt.exporter.trace import EXAMPLE
 from txopt.runtime.artifact import Artifact
+from txopt.runtime.graphs import AXES
 from txopt.runtime.model import Model
 from txopt.runtime.parity import verify
 
-TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100")
-DECODERS = (*TEXT, "whisper", "trocr")
+TEXT = ("t5", "t5-gated", "mt5", "bart", "mbart", "mvp", "marian", "pegasus", "m2m_100", "fsmt", "prophetnet", "led")
+RELATIVES = ("umt5", "plbart", "blenderbot", "blenderbot-small")
+DECODERS = (*TEXT, *RELATIVES, "whisper", "trocr", "speecht5")
 Artifacts = Callable[[str], Artifact]
 Make = Callable[[str], Path]
 
@@ -43,13 +44,14 @@ def test_export_is_verified_and_verify_repeats_it(name: str, artifacts: Artifact
 @pytest.mark.parametrize("name", DECODERS)
 def test_one_attention_a_block_and_one_scatter_a_buffer(name: str, artifacts: Artifacts) -> None:
     nodes = artifacts(name).manifest.fusion["decoder"]["nodes"]
-    assert nodes["Attention"] == 4, "two layers of self- and cross-attention"
+    streams = 2 if name == "prophetnet" else 1
+    assert nodes["Attention"] == 2 * (streams + 1), "two layers of self-attention, in every stream, and cross-attention"
     assert nodes["TensorScatter"] == 4
     assert "Softmax" not in nodes
     assert "If" not in nodes
 
 
-@pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5"])
+@pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5", "umt5"])
 def test_decomposed_norms_leave_as_rms_normalization(name: str, artifacts: Artifacts) -> None:
     fusion = artifacts(name).manifest.fusion
     assert fusion["encoder"]["nodes"]["RMSNormalization"] == 5
@@ -74,14 +76,14 @@ def test_graphs_are_valid_and_axes_share_their_names(name: str, artifacts: Artif
         graph = onnx.load(path, load_external_data=False).graph
         for tensor in (*graph.input, *graph.output):
             for dim in tensor.type.tensor_type.shape.dim:
-                assert dim.HasField("dim_value") or dim.dim_param in EXAMPLE, (
+                assert dim.HasField("dim_value") or dim.dim_param in AXES, (
                     f"{tensor.name} has an axis {dim.dim_param!r}"
                 )
         assert {entry.domain for entry in onnx.load(path, load_external_data=False).opset_import} == {""}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
-@pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m_100"])
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "m2m_100", "fsmt", "prophetnet", "led"])
 def test_ids_are_those_of_transformers(
     name: str, options: dict[str, Any], artifacts: Artifacts, checkpoints: Make
 ) -> None:

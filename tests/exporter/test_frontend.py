@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremo
 Maker = Callable[[Path], Path]
 TEXT: dict[str, Maker] = {
     "bert": tiny.bert,
+    "prophetnet": tiny.prophetnet,
     "t5": tiny.t5,
     "gpt2": tiny.gpt2,
     "marian": tiny.marian,
@@ -158,6 +159,16 @@ def test_a_checkpoint_without_tokenizer_takes_arrays(task: str, tmp_path: Path, 
     source = tiny.write_config(tmp_path / "source", model_type="bart")
     assert collect(source, task, "bart", out) == {"type": "arrays"}
     assert list(out.iterdir()) == []
+
+
+def test_a_tokenizer_with_rules_of_its_own_is_named_and_left_out(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FSMT's asks sacremoses, which an artifact does not need to be installed."""
+    for name in ("vocab-src.json", "vocab-tgt.json"):
+        (tmp_path / name).write_text("{}")
+    assert collect(tmp_path, "text-to-text", "fsmt", out) == {"type": "arrays"}
+    assert "FSMTTokenizer" in caplog.text
 
 
 def test_damaged_tokenizers_are_named(tmp_path: Path, out: Path) -> None:

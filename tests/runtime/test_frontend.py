@@ -44,6 +44,14 @@ SPEECH: dict[str, Any] = AUDIO | {
     "no_timestamps_token_id": 3,
     "timestamp_begin": 4,
 }
+WAVEFORM: dict[str, Any] = {
+    "type": "waveform",
+    "sampling_rate": 16000,
+    "padding_value": 0.0,
+    "do_normalize": False,
+    "least_samples": 400,
+    "most_samples": None,
+}
 IMAGE: dict[str, Any] = {
     "type": "image",
     "do_resize": True,
@@ -57,7 +65,8 @@ IMAGE: dict[str, Any] = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": 0.5,
 }
-WHOLE = {"text": TEXT, "audio": SPEECH, "image": IMAGE, "arrays": {"type": "arrays", "tokenizer": "tokenizer.json"}}
+ARRAYS = {"type": "arrays", "tokenizer": "tokenizer.json"}
+WHOLE = {"text": TEXT, "audio": SPEECH, "waveform": WAVEFORM, "image": IMAGE, "arrays": ARRAYS}
 WRONG: tuple[tuple[str, str, Any, str], ...] = (
     ("text", "max_source_length", "64", "an integer of at least 1, or null, found '64'"),
     ("text", "max_source_length", 64.0, "an integer of at least 1, or null, found 64.0"),
@@ -107,6 +116,11 @@ WRONG: tuple[tuple[str, str, Any, str], ...] = (
     ("audio", "task_to_id", {"transcribe": None}, "an object of token ids"),
     ("audio", "language_names", {"english": 1}, "an object of language codes"),
     ("audio", "no_timestamps_token_id", "3", "an integer of at least 0, or null"),
+    ("waveform", "sampling_rate", 999, "an integer from 1000 to 768000, found 999"),
+    ("waveform", "padding_value", "0", "a number from"),
+    ("waveform", "do_normalize", 0, "true or false, found 0"),
+    ("waveform", "least_samples", 0, "an integer of at least 1, or null, found 0"),
+    ("waveform", "most_samples", 1.5, "an integer of at least 1, or null, found 1.5"),
     ("image", "do_resize", "true", "true or false"),
     ("image", "size", 32, "an object, or null, found 32"),
     ("image", "size", None, "what do_resize needs, found null"),
@@ -122,6 +136,13 @@ WRONG: tuple[tuple[str, str, Any, str], ...] = (
 )  # fmt: skip
 
 
+def test_the_least_sound_is_not_longer_than_the_longest() -> None:
+    with pytest.raises(
+        ArtifactError, match=r"frontend\.least_samples: expected no more than most_samples, 300, found 400"
+    ):
+        with_frontend(WAVEFORM | {"most_samples": 300})
+
+
 def with_frontend(frontend: dict[str, Any]) -> Manifest:
     document = json.loads(json.dumps(manifest().to_json()))
     return Manifest.from_json(document | {"frontend": frontend})
@@ -132,7 +153,7 @@ def test_what_fits_is_read(kind: str) -> None:
     assert with_frontend(WHOLE[kind]).frontend == WHOLE[kind]
 
 
-@pytest.mark.parametrize("kind", ["text", "audio", "image"])
+@pytest.mark.parametrize("kind", ["text", "audio", "waveform", "image"])
 def test_every_key_is_tried_above(kind: str) -> None:
     tried = {key for found, key, *_ in WRONG if found == kind} | ({"type"} if kind == "text" else set())
     alike = {"do_center_crop", "do_rescale", "do_normalize", "target_language"}  # as do_resize and source_language
