@@ -17,7 +17,7 @@ Array = NDArray[Any]
 Sizes = dict[str, int]  # lengths by the name of their axis, or input/axis where it has none
 
 # (first axes, all others in turn): the first sets that the foreign graph itself accepts are taken. Lengths that differ find most;
-# some graphs want equal ones, a batch of one, or images that can be halved often.
+# some graphs want equal ones, a batch of one, whole windows, or images that can be halved often.
 _SIZES: tuple[tuple[int, tuple[int, ...]], ...] = (
     (2, (5, 7, 6)),
     (3, (9, 4, 8)),
@@ -25,6 +25,8 @@ _SIZES: tuple[tuple[int, tuple[int, ...]], ...] = (
     (3, (9,)),
     (1, (5,)),
     (1, (8,)),
+    (2, (16,)),
+    (2, (32,)),
     (1, (64,)),
     (2, (96,)),
     (1, (224,)),
