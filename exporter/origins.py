@@ -11,7 +11,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from txopt.exporter.shapes import Length, length, lengths_of, rank_of
+from txopt.exporter.shapes import Length, is_open, length, lengths_of, rank_of
 
 _SAME_SHAPE = (
     "Abs Cast Clip Cos Dropout Elu Erf Exp Gelu HardSwish Identity IsNaN LayerNormalization LeakyRelu Log LogSoftmax Neg Not "
@@ -113,7 +113,7 @@ class Origins:
             return None
         if part == 0:
             return x, axis
-        if part != -1 or rank is None:
+        if not is_open(part) or rank is None:
             return part
         others = [(x, place) if other == 0 else other for place, other in enumerate(parts) if place != axis]
         lengths = [factor for place in range(rank) for factor in self._factors(self.of((x, place)))]

@@ -79,6 +79,11 @@ def _alone(part: ir.Value | None) -> tuple[Length, ...] | None:
     return None if part is None or part.shape is None or part.shape != (1,) else (part,)
 
 
+def is_open(part: Length) -> bool:
+    """Whether a part of a shape is -1, what is left. Values of torch's exporter make an operator of ``!=``, so they are not asked."""
+    return isinstance(part, int) and part == -1
+
+
 def number_of(value: ir.Value | None) -> float | None:
     """The number that ``value`` holds: a constant, or computed from a known length, as TorchScript writes 1 / sqrt(head size)."""
     number = scalar(value)

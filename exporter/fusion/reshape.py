@@ -11,7 +11,7 @@ from onnx_ir.passes import common as passes
 
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.origins import origin
-from txopt.exporter.shapes import lengths_of, rank_of
+from txopt.exporter.shapes import is_open, lengths_of, rank_of
 
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
@@ -44,10 +44,8 @@ def _keeps_shape(node: ir.Node) -> bool:
     if x is None or parts is None or rank_of(x) != len(parts):
         return False
     copies = "allowzero" not in node.attributes or node.attributes["allowzero"].as_int() == 0
-    asked = [part for part in enumerate(parts) if part[1] != -1 and not (part[1] == 0 and copies)]
-    return len([part for part in parts if part == -1]) < 2 and all(
-        origin(part) == origin((x, axis)) for axis, part in asked
-    )
+    asked = [(axis, part) for axis, part in enumerate(parts) if not is_open(part) and not (part == 0 and copies)]
+    return sum(map(is_open, parts)) < 2 and all(origin(part) == origin((x, axis)) for axis, part in asked)
 
 
 def _share_shapes(graph: ir.Graph) -> None:
