@@ -23,7 +23,7 @@ from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
 from txopt.exporter.pooling import Pooling, read_pooling
 from txopt.exporter.positions import make_tables, read_by_row
-from txopt.exporter.source import KV, Facts, Forward, Generated, Input
+from txopt.exporter.source import KV, Facts, Forward, Generated, Input, Memory
 from txopt.runtime.errors import SourceError, explain
 
 # The architecture's suffix says what an encoder alone is for.
@@ -91,11 +91,11 @@ class HuggingFaceSource:
         self,
         tokens: Tensor,
         position: Tensor,
-        source_mask: Tensor | None,
+        source_masks: Sequence[Tensor | None],
         self_kv: Sequence[KV],
         cross_kv: Sequence[KV],
     ) -> tuple[Tensor, list[KV]]:
-        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_mask)
+        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_masks)
         arguments: dict[str, Any] = {"past_key_values": as_transformers(state), "use_cache": True}
         if self.family.position_argument:
             arguments[self.family.position_argument] = state.positions
@@ -109,8 +109,8 @@ class HuggingFaceSource:
                 "decoder_input_ids": tokens,
                 "decoder_attention_mask": state.causal,
             }
-            if state.folded is not None:
-                arguments["attention_mask"] = state.folded
+            if state.folded[0] is not None:
+                arguments["attention_mask"] = state.folded[0]
         with routed(self.traced), decoding(state):
             logits = self.traced(**arguments).logits
         return logits.float(), state.self_kv
@@ -123,7 +123,7 @@ class HuggingFaceSource:
         if self.facts.kind == "decoder":
             extra = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
             out = self.module(input_ids=tokens, use_cache=True, **extra)
-            return Forward(None, out.logits.float(), _kv(out.past_key_values), [])
+            return Forward((), out.logits.float(), _kv(out.past_key_values), [])
         encoded = self.module.get_encoder()(**inputs)
         arguments = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
         out = self.module(
@@ -135,7 +135,7 @@ class HuggingFaceSource:
         )
         cache = out.past_key_values
         return Forward(
-            encoded[0], out.logits.float(), _kv(cache.self_attention_cache), _kv(cache.cross_attention_cache)
+            (encoded[0],), out.logits.float(), _kv(cache.self_attention_cache), _kv(cache.cross_attention_cache)
         )
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,20 +290,28 @@ def facts_of(module: PreTrainedModel, family: Family) -> Facts:
         task, outputs = next((value for suffix, value in ENCODER_TASKS.items() if name.endswith(suffix)), EMBEDDING)
     text = config.get_text_config(decoder=True) if family.kind != "encoder" else config
     vocabulary = int(getattr(text, "decoder_vocab_size", None) or text.vocab_size)
+    inputs = tuple(_sized(item, config) for item in family.inputs)
     return Facts(
         kind=family.kind,
         task=task,
         family=family.name,
-        inputs=tuple(_sized(item, config) for item in family.inputs),
+        inputs=inputs,
         generation=_generation(module),
         vocabulary=vocabulary,
         source_vocabulary=int(getattr(config, "vocab_size", None) or vocabulary),
         limit=_value(config, family.limit),
         source_limit=_value(config, family.source_limit),
+        memories=(_memory(inputs),) if family.kind == "encoder-decoder" else (),
         outputs=outputs,
         labels={str(k): str(v) for k, v in config.id2label.items()} if outputs == ("logits",) else None,
         scores=_scores(config, task) if outputs == ("logits",) else None,
     )
+
+
+def _memory(inputs: Sequence[Input]) -> Memory:
+    """The one that a family has: as long as its inputs, where their length varies."""
+    mask = next((item.name for item in inputs if item.name == "attention_mask"), None)
+    return Memory(axis="T" if any("T" in item.axes for item in inputs) else None, mask=mask)
 
 
 def _scores(config: Any, task: str) -> str:

@@ -4,7 +4,7 @@ Owns what PyTorch is asked; which cases there are is case_plan.py's, what is kep
 one seed, so that the same source gives the same file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from txopt.exporter.case_plan import Plan, plans
 from txopt.exporter.precision import in_float32
-from txopt.exporter.source import Facts, Forward, Source
-from txopt.runtime.cases import Case, draw_floats, lengths, log_sum_exp, sample
+from txopt.exporter.source import Facts, Forward, Memory, Source
+from txopt.runtime.cases import Case, Lengths, draw_floats, log_sum_exp, sample
 from txopt.runtime.errors import SourceError
+from txopt.runtime.graphs import memory_name
 
 SEED = 20261123
 NEW_TOKENS = 12
@@ -41,29 +42,37 @@ def _record(source: Source, plan: Plan, generator: np.random.Generator) -> Case:
     }  # floats are float32, as the weights are now
     if facts.kind == "encoder":
         outputs = {key: value.numpy() for key, value in source.outputs(tensors).items()}
-        counts = lengths(inputs, 0)
+        counts = Lengths(inputs, facts.masks).seen("T", 0)
         expected = {key: _tagged(sample(key, value, counts), key, counts) for key, value in outputs.items()}
         return Case(name=plan.name, inputs=inputs, tokens=np.zeros((len(plan.rows), 0), np.int64), expected=expected)
     tokens = _ids(facts, facts.vocabulary, (len(plan.rows), sum(plan.schedule)), generator)
     forward = source.forward(tensors, torch.from_numpy(tokens))
     case = Case(
-        name=plan.name, inputs=inputs, tokens=tokens, schedule=plan.schedule, expected=_expected(forward, inputs)
+        name=plan.name, inputs=inputs, tokens=tokens, schedule=plan.schedule, expected=_expected(facts, forward, inputs)
     )
     return _with_generated(source, case, tensors) if plan.generates else case
 
 
-def _expected(forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _expected(facts: Facts, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
     logits = forward.logits.numpy()
-    counts = lengths(inputs, forward.memory.shape[1] if forward.memory is not None else 0)
-    expected = {"logits": sample("logits", logits, counts), "log_sum_exp": log_sum_exp(logits)}
-    if forward.memory is not None:
-        expected["memory"] = sample("memory", forward.memory.numpy(), counts)
+    expected = {"logits": sample("logits", logits, ()), "log_sum_exp": log_sum_exp(logits)}
+    lengths = Lengths(inputs, facts.masks)
+    for index, (memory, states) in enumerate(zip(facts.memories, forward.memories, strict=True)):
+        name = memory_name(index)
+        expected[name] = sample(name, states.numpy(), lengths.seen(_axis(memory, states.shape[1]), states.shape[1]))
     for kind, pairs in (("self", forward.self_kv), ("cross", forward.cross_kv)):
         for layer, pair in enumerate(pairs):
             for part, value in zip(("key", "value"), pair, strict=True):
                 name = f"{kind}_{part}.{layer}"
+                size = value.shape[2]
+                counts = lengths.seen(_axis(facts.cross_memory(layer), size), size) if kind == "cross" else ()
                 expected[name] = sample(name, value.numpy(), counts)
     return expected
+
+
+def _axis(memory: Memory, size: int) -> str | int:
+    """The axis of a memory's length as the manifest says it: of a fixed length, the length itself."""
+    return size if memory.axis is None else memory.axis
 
 
 def _tagged(value: Any, name: str, counts: Sequence[int]) -> Any:
@@ -121,18 +130,38 @@ def _inputs(source: Source, rows: tuple[int, ...], generator: np.random.Generato
     facts = source.facts
     if facts.kind == "decoder":
         return _prompt(facts, rows, generator)
-    inputs: dict[str, Any] = {}
-    mask = (np.arange(max(rows)) < np.array(rows)[:, None]).astype(np.int64)
+    inputs: dict[str, Any] = dict(_masks(facts, rows))
+    given = {axis: np.any([inputs[m] for m, a in facts.masks.items() if a == axis], 0) for axis in facts.masks.values()}
     for item in facts.inputs:
-        if item.name == "attention_mask":
-            inputs[item.name] = mask
-        elif item.dtype == "int64":
-            ids = _ids(facts, facts.source_vocabulary, mask.shape, generator)
-            inputs[item.name] = np.where(mask == 1, ids, facts.generation.get("pad_token_id") or 0)
-        else:
-            shape = (len(rows), *(int(axis) for axis in item.axes[1:]))
+        if item.name in facts.masks:
+            continue
+        lengths = {axis: mask.shape[1] for axis, mask in given.items()}
+        shape = (
+            len(rows),
+            *(axis if isinstance(axis, int) else lengths.get(axis, max(rows)) for axis in item.axes[1:]),
+        )
+        if item.dtype != "int64":
             inputs[item.name] = draw_floats(shape, generator)
-    return inputs
+            continue
+        ids = _ids(facts, item.vocabulary or facts.source_vocabulary, shape, generator)
+        seen = given.get(item.axes[1], np.ones(shape, np.bool_))
+        inputs[item.name] = np.where(seen, ids, facts.generation.get("pad_token_id") or 0)
+    return {item.name: inputs[item.name] for item in facts.inputs}
+
+
+def _masks(facts: Facts, rows: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Each mask with lengths of its own, so that none can stand for another: turned by one row, and longer by one place."""
+    masks = list(facts.masks.items())
+    counts = []
+    for index, (_, axis) in enumerate(masks):
+        limit, turn = axis if isinstance(axis, int) else facts.limit_of(axis), index % len(rows)
+        own = [length + index for length in (*rows[turn:], *rows[:turn])]
+        counts.append([length if limit is None else min(length, limit) for length in own])
+    for (name, axis), own in zip(masks, counts, strict=True):
+        width = (
+            axis if isinstance(axis, int) else max(max(c) for (_, a), c in zip(masks, counts, strict=True) if a == axis)
+        )
+        yield name, (np.arange(width) < np.array(own)[:, None]).astype(np.int64)
 
 
 def _prompt(facts: Facts, rows: tuple[int, ...], generator: np.random.Generator) -> dict[str, Any]:
