@@ -34,7 +34,7 @@ def attend(
     state = current()
     if state is not None and state.is_cross(key):
         # A bias over the source would need a fold of its own; no supported family has one (T5 passes zeros).
-        out = cross_attention(query, key, value, state.folded, scale)
+        out = cross_attention(query, key, value, state.folded[0], scale)
     else:
         out = attention(query, key, value, _with_bias(attention_mask, position_bias), scale)
     return out.transpose(1, 2), None

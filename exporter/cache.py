@@ -5,7 +5,7 @@ state itself is the ``cache`` of the custom protocol. ``CrossCollector`` is its 
 cross K/V that a decoder computes on its first step. Neither knows a model family.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,21 +33,21 @@ class DecodeState:
         tokens: int64 [R,Q].
         position: int64 [R], where each row's first query token is written.
         self_kv: per layer K and V buffers, each [R,H,S,D]; empty for a model without self-attention cache.
-        cross_kv: per layer K and V of the source, each [B,H,T,D]; empty for decoder-only models.
-        source_mask: int64 [B,T], or None where sources are never padded.
+        cross_kv: per cross-attention K and V of the source, each [B,H,T,D]; empty for decoder-only models.
+        source_masks: by memory int64 [B,T], or None where it is never padded; empty for decoder-only models.
     """
 
     tokens: Tensor
     position: Tensor
     self_kv: list[KV]
     cross_kv: list[KV] = field(default_factory=list)
-    source_mask: Tensor | None = None
+    source_masks: Sequence[Tensor | None] = ()
 
     def __post_init__(self) -> None:
         self.positions = self.position[:, None] + torch.arange(self.tokens.shape[1])  # [R,Q]
         keys = torch.arange(self.self_kv[0][0].shape[2])
         self.causal = keys[None, None, None, :] <= self.positions[:, None, :, None]  # [R,1,Q,S]
-        self.folded = None if self.source_mask is None else fold_mask(self.source_mask, self.tokens)
+        self.folded = [None if mask is None else fold_mask(mask, self.tokens) for mask in self.source_masks]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> KV:
         keys, values = self.self_kv[layer]
@@ -56,8 +56,8 @@ class DecodeState:
 
     def ask(self, times: int) -> None:
         """Every token asks the source ``times`` times, each time from another stream of states."""
-        if self.source_mask is not None:
-            self.folded = fold_mask(self.source_mask, self.tokens.repeat(1, times))
+        tokens = self.tokens.repeat(1, times)
+        self.folded = [None if mask is None else fold_mask(mask, tokens) for mask in self.source_masks]
 
     def is_cross(self, key: Tensor) -> bool:
         return any(key is k for k, _ in self.cross_kv)
@@ -68,9 +68,11 @@ class DecodeState:
         mask = self.causal if bias is None else self._rows(bias)
         return attention(q, *self.write(layer, k, v), mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
+    def cross_attention(
+        self, layer: int, q: Tensor, kv: CrossKV, *, memory: int = 0, scale: float | None = None
+    ) -> Tensor:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return cross_attention(q, *self.cross_kv[layer], self.folded, scale)
+        return cross_attention(q, *self.cross_kv[layer], self.folded[memory], scale)
 
     def _rows(self, bias: Tensor) -> Tensor:
         """A bias [..,L,L] of all positions at this call's: [R,H or 1,Q,S]."""
@@ -90,7 +92,9 @@ class CrossCollector:
     ) -> Tensor:
         return v  # one token attends to itself alone
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
+    def cross_attention(
+        self, layer: int, q: Tensor, kv: CrossKV, *, memory: int = 0, scale: float | None = None
+    ) -> Tensor:
         check_layer("cross", layer, len(self.cross_kv))
         self.cross_kv.append(kv())
         return q

@@ -4,7 +4,6 @@ Owns the decision which door a source takes and what the manifest says of where 
 huggingface.py's work, the custom protocol custom_source.py's.
 """
 
-import copy
 import hashlib
 import importlib
 import importlib.util
@@ -37,17 +36,14 @@ class Checkpoint:
 
 
 def load(source: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Checkpoint:
-    """Opens ``source``: a string or path as the command line takes it, or a custom module itself.
+    """Opens ``source``: a string or path as the command line takes it, or a module itself, of transformers or one's own.
 
     Raises:
         SourceError: nothing there, nothing that txopt supports, or not cached where the machine is offline.
     """
-    from txopt.exporter.custom_source import open_module
-
     if not isinstance(source, (str, Path)):
         written_in = getattr(sys.modules.get(type(source).__module__), "__file__", None)
-        file = Path(written_in) if written_in else None
-        return _custom(open_module(_cast(source, dtype)), type(source).__qualname__, file)
+        return _in_memory(source, type(source).__qualname__, Path(written_in) if written_in else None, dtype)
     directory = Path(source)
     if directory.is_dir():
         return _checkpoint(directory, str(directory.name), dtype, trust_remote_code)
@@ -59,7 +55,7 @@ def load(source: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) ->
         )
     if _FACTORY.fullmatch(text):
         module, path = _call_factory(text)
-        return _custom(open_module(_cast(module, dtype)), text, path)
+        return _in_memory(module, text, path, dtype)
     if directory.exists() or not _HUB_ID.fullmatch(text):
         raise SourceError(
             f"{text}: expected a checkpoint's directory, a hub id, or package.module:factory, or a folder that Optimum exported"
@@ -68,17 +64,24 @@ def load(source: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) ->
 
 
 def _checkpoint(directory: Path, name: str, dtype: torch.dtype, trust_remote_code: bool) -> Checkpoint:
-    from txopt.exporter import huggingface
+    from txopt.exporter import pretrained
 
     if not (directory / "config.json").is_file():
         raise SourceError(f"{directory}: expected a checkpoint, found no config.json in it")
-    loaded = huggingface.load(directory, dtype, trust_remote_code=trust_remote_code)
+    loaded = pretrained.load(directory, dtype, trust_remote_code=trust_remote_code)
     files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
     origin = {"name": name, "kind": "checkpoint", "files": {file.name: _sha256(file) for file in files}}
     return Checkpoint(source=loaded, directory=directory, origin=origin, tokenizers={})
 
 
-def _custom(source: Source, name: str, file: Path | None) -> Checkpoint:
+def _in_memory(module: Any, name: str, file: Path | None, dtype: torch.dtype) -> Checkpoint:
+    """A module, which was written in ``file`` and stays as it is; tokenizers that it declares lie beside that."""
+    from transformers import PreTrainedModel
+
+    from txopt.exporter.custom_source import open_module
+    from txopt.exporter.pretrained import adopt
+
+    source: Source = adopt(module, dtype) if isinstance(module, PreTrainedModel) else open_module(_cast(module, dtype))
     state = hashlib.sha256()
     for key, value in sorted(source.module.state_dict().items()):
         state.update(key.encode())
@@ -140,10 +143,18 @@ def _required(factory: Callable[..., Any]) -> list[str]:
 
 
 def _cast(module: Any, dtype: torch.dtype) -> Any:
-    """The module in ``dtype``, or a copy: a module that a caller goes on using stays as it is."""
-    state = module.state_dict().values() if isinstance(module, torch.nn.Module) else ()
-    floats = [value for value in state if value.is_floating_point()]
-    return module if all(value.dtype == dtype for value in floats) else copy.deepcopy(module).to(dtype)
+    """The module in ``dtype``: a copy, so that one that its owner goes on training stays as it is."""
+    from txopt.exporter.pretrained import borrowed
+
+    if not isinstance(module, torch.nn.Module):
+        return module
+    try:
+        return borrowed(module).to(dtype)
+    except Exception as err:  # what holds locks, files or generators cannot be copied
+        if all(value.dtype == dtype for value in module.state_dict().values() if value.is_floating_point()):
+            return module
+        name = type(module).__name__
+        raise SourceError(f"{name} cannot be copied ({err}), and is not {dtype}; give it in that dtype") from err
 
 
 def _cached(hub_id: str) -> Path:

@@ -16,12 +16,21 @@ A custom model is an ``nn.Module`` with two methods and a few facts, nothing to 
             ... = cache.cross_attention(layer, q, lambda: (k, v))   # k, v [B,H,T,D], computed from memory when asked
             return logits                                 # [R,Q,V]
 
+A decoder may read several memories: ``encode`` returns them as a tuple, ``decode`` takes that tuple, and two more facts say what
+goes in and which input masks which memory:
+
+        inputs = {"input_ids": {"axes": ("B", "T"), "vocabulary": 20}, "attention_mask": {"axes": ("B", "T")},
+                  "regions": {"axes": ("B", "U", 8)}, "regions_mask": {"axes": ("B", "U")}}     # encode()'s arguments
+        memory_masks = ("attention_mask", "regions_mask")
+
+            ... = cache.cross_attention(number, q, lambda: (k, v), memory=1)                    # the second of them
+
 The cache owns masks, positions and buffers; the module never sees them. In training, ``FullSequence`` is the cache.
 It does not know about graphs: ``trace`` brings a cache of its own that writes into buffers.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +39,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from txopt.runtime.errors import SourceError
 
 CrossKV = Callable[[], tuple[Tensor, Tensor]]
+Memories = Tensor | tuple[Tensor, ...]  # as encode() returns them: one alone, several as a tuple
 
 
 class DecodeCache(Protocol):
@@ -48,8 +58,13 @@ class DecodeCache(Protocol):
         ``scale`` is D ** -0.5 unless given.
         """
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
-        """Attention over the source; ``kv()`` gives K and V, each [B,H,T,D], and is called only when they are not cached."""
+    def cross_attention(
+        self, layer: int, q: Tensor, kv: CrossKV, *, memory: int = 0, scale: float | None = None
+    ) -> Tensor:
+        """Attention over the source; ``kv()`` gives K and V, each [B,H,T,D], and is called only when they are not cached.
+
+        ``layer`` counts the cross-attentions, of which a decoder layer may have several; ``memory`` says which memory K and V are of.
+        """
 
 
 class CustomEncoderDecoder(Protocol):
@@ -57,9 +72,14 @@ class CustomEncoderDecoder(Protocol):
 
     special_ids: dict[str, int | list[int]]
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def encode(self, *inputs: Tensor) -> Memories: ...
 
-    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor: ...
+    def decode(self, tokens: Tensor, memory: Any, cache: DecodeCache) -> Tensor: ...
+
+
+def as_memories(found: Any) -> tuple[Any, ...]:
+    """What encode() returned, as a list of memories, usually of one."""
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 def check_layer(kind: str, layer: int, before: int) -> None:
@@ -77,12 +97,13 @@ class FullSequence:
 
     Args:
         tokens: int64 [B,Q], only for its shape.
-        attention_mask: int64 or bool [B,T], 1 where the source has a token.
+        attention_mask: int64 or bool [B,T], 1 where the source has a token; of several memories one each, None without padding.
     """
 
-    def __init__(self, tokens: Tensor, attention_mask: Tensor) -> None:
+    def __init__(self, tokens: Tensor, attention_mask: Tensor | Sequence[Tensor | None]) -> None:
         self.positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        self._source = attention_mask.bool()[:, None, None, :]
+        masks = as_memories(attention_mask)
+        self._sources = [None if mask is None else mask.bool()[:, None, None, :] for mask in masks]
 
     def self_attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
@@ -91,5 +112,7 @@ class FullSequence:
         mask = None if bias is None else bias[..., :length, :length]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=bias is None, scale=scale)
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
-        return scaled_dot_product_attention(q, *kv(), attn_mask=self._source, scale=scale)
+    def cross_attention(
+        self, layer: int, q: Tensor, kv: CrossKV, *, memory: int = 0, scale: float | None = None
+    ) -> Tensor:
+        return scaled_dot_product_attention(q, *kv(), attn_mask=self._sources[memory], scale=scale)

@@ -1,7 +1,7 @@
 """What a module of one's own says of itself: read once, every problem with it told at once.
 
-Owns the types and ranges of the attributes that docs/custom-models.md lists. Whether they are true, a trial call tells
-(custom_source.py).
+Owns the types and ranges of the attributes that docs/custom-models.md lists, but for those of inputs (custom_inputs.py). Whether
+they are true, a trial call tells (custom_source.py).
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from txopt.exporter import custom_inputs
+from txopt.exporter.custom_inputs import Masks, is_whole
+from txopt.exporter.source import Input
 from txopt.runtime.errors import SourceError, explain
 
 SPECIAL_IDS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
@@ -20,12 +23,17 @@ _LEAST_POSITIONS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class CustomFacts:
-    """``special_ids`` as the manifest keeps them: numbers, and for ``eos_token_id`` a number or a list of them."""
+    """``special_ids`` as the manifest keeps them: numbers, and for ``eos_token_id`` a number or a list of them.
+
+    ``inputs`` are encode()'s, in its order; ``masks`` names one of them for each memory, None for one that is never padded.
+    """
 
     special_ids: Mapping[str, Any]
     limit: int | None
     source_limit: int | None
     source_vocabulary: int
+    inputs: tuple[Input, ...]
+    masks: Masks
 
     @property
     def eos_ids(self) -> list[int]:
@@ -44,8 +52,9 @@ def read(module: Any) -> CustomFacts:
     problems += [f"no method {name}()" for name in ("encode", "decode") if not callable(getattr(module, name, None))]
     special: Any = getattr(module, "special_ids", None)
     problems += _special_problems(special)
+    problems += custom_inputs.problems(module)
     vocabulary = _source_vocabulary(module)
-    if not _is_whole(vocabulary, 1):
+    if not is_whole(vocabulary, 1):
         problems.append(
             "source_vocabulary: expected the number of source ids, a whole number of at least 1, "
             + (
@@ -57,12 +66,20 @@ def read(module: Any) -> CustomFacts:
     limit = getattr(module, "max_length", None)
     source_limit = getattr(module, "max_source_length", limit)
     for name, value in (("max_length", limit), ("max_source_length", getattr(module, "max_source_length", None))):
-        if value is not None and not _is_whole(value, _LEAST_POSITIONS):
+        if value is not None and not is_whole(value, _LEAST_POSITIONS):
             problems.append(f"{name} must be a number of at least {_LEAST_POSITIONS}, or absent, got {value!r}")
     if problems:
         raise SourceError(explain("this is no custom encoder-decoder (see docs/custom-models.md):", problems))
     ids = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in special.items()}
-    return CustomFacts(special_ids=ids, limit=limit, source_limit=source_limit, source_vocabulary=vocabulary)
+    inputs, masks = custom_inputs.read(module, vocabulary, source_limit)
+    return CustomFacts(
+        special_ids=ids,
+        limit=limit,
+        source_limit=next((item.limit for item in inputs if item.name == custom_inputs.IDS), source_limit),
+        source_vocabulary=vocabulary,
+        inputs=inputs,
+        masks=masks,
+    )
 
 
 def _special_problems(special: Any) -> list[str]:
@@ -71,7 +88,7 @@ def _special_problems(special: Any) -> list[str]:
     problems = [f"special_ids has no {name}" for name in SPECIAL_IDS if name not in special]
     for name, value in special.items():
         several = name == "eos_token_id"
-        fits = bool(_listed(value)) and all(_is_whole(each, 0) for each in _listed(value))
+        fits = bool(_listed(value)) and all(is_whole(each, 0) for each in _listed(value))
         if fits and (several or not isinstance(value, (list, tuple))):
             continue
         expected = f"{_ID}, or a list of them" if several else _ID
@@ -81,15 +98,14 @@ def _special_problems(special: Any) -> list[str]:
 
 
 def _source_vocabulary(module: Any) -> Any:
-    """What the module says, else the rows of its smallest embedding."""
+    """What the module says of its ``input_ids``, else the rows of its smallest embedding; 1 where declared inputs hold no such ids."""
+    if isinstance(declared := getattr(module, "inputs", None), Mapping):
+        said = declared.get(custom_inputs.IDS, {"vocabulary": 1})
+        return said.get("vocabulary", 1) if isinstance(said, Mapping) else 1
     said = getattr(module, "source_vocabulary", None)
     if said is not None or not isinstance(module, nn.Module):
         return said
     return min((part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)), default=None)
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _listed(value: Any) -> list[Any]:

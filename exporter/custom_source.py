@@ -3,30 +3,32 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from txopt.exporter import custom_facts
+from txopt.exporter import custom_facts, custom_inputs
 from txopt.exporter.cache import CrossCollector, DecodeState
-from txopt.exporter.custom import CrossKV, FullSequence, check_layer
+from txopt.exporter.custom import CrossKV, FullSequence, as_memories, check_layer
 from txopt.exporter.custom_facts import CustomFacts
-from txopt.exporter.families.family import TEXT
 from txopt.exporter.incremental import Incremental
 from txopt.exporter.incremental_check import check
 from txopt.exporter.precision import in_float32
 from txopt.exporter.source import KV, Facts, Forward, Generated
 from txopt.runtime.errors import SourceError, explain
+from txopt.runtime.graphs import SOURCE_AXES
 
 
 class _Recording(FullSequence):
     """FullSequence that keeps what it saw, as reference for the caches."""
 
-    def __init__(self, tokens: Tensor, attention_mask: Tensor) -> None:
+    def __init__(self, tokens: Tensor, attention_mask: Tensor | Sequence[Tensor | None]) -> None:
         super().__init__(tokens, attention_mask)
         self.self_kv: list[KV] = []
         self.cross_kv: list[KV] = []
+        self.crossed: list[int] = []  # the memory of each cross-attention
 
     def self_attention(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None
@@ -35,11 +37,18 @@ class _Recording(FullSequence):
         self.self_kv.append((k, v))
         return super().self_attention(layer, q, k, v, bias=bias, scale=scale)
 
-    def cross_attention(self, layer: int, q: Tensor, kv: CrossKV, *, scale: float | None = None) -> Tensor:
+    def cross_attention(
+        self, layer: int, q: Tensor, kv: CrossKV, *, memory: int = 0, scale: float | None = None
+    ) -> Tensor:
         check_layer("cross", layer, len(self.cross_kv))
+        if memory not in range(len(self._sources)):
+            raise SourceError(
+                f"decode() asks for cross-attention {layer} to memory {memory!r}: encode() returns {len(self._sources)}, from 0 on"
+            )
         pair = kv()
         self.cross_kv.append(pair)
-        return super().cross_attention(layer, q, lambda: pair, scale=scale)
+        self.crossed.append(memory)
+        return super().cross_attention(layer, q, lambda: pair, memory=memory, scale=scale)
 
 
 class CustomSource:
@@ -50,43 +59,57 @@ class CustomSource:
         self.module: Any = module.eval().requires_grad_(False)
         self.traced: Any = module
         self._eos = torch.tensor(found.eos_ids)
-        self._width, vocabulary = _tried(module, found)
+        trial = _tried(module, found)
+        self._widths, self._several = trial.widths, trial.several
         self.facts = Facts(
             kind="encoder-decoder",
             task="text-to-text",
             family="custom",
-            inputs=TEXT,
+            inputs=found.inputs,
             generation={**found.special_ids, **({} if found.limit is None else {"max_length": found.limit})},
-            vocabulary=vocabulary,
+            vocabulary=trial.vocabulary,
             source_vocabulary=found.source_vocabulary,
             limit=found.limit,
             source_limit=found.source_limit,
+            memories=custom_inputs.memories_of(found.inputs, found.masks),
+            crossed=trial.crossed,
         )
 
     def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        memory = self.traced.encode(*inputs)
-        start = torch.zeros(memory.shape[0], 1, dtype=torch.int64)
+        returned = self.traced.encode(*inputs)
+        memories = as_memories(returned)
+        start = torch.zeros(memories[0].shape[0], 1, dtype=torch.int64)
         collector = CrossCollector(start)
-        self.traced.decode(start, memory, collector)
-        return memory, *(x for pair in collector.cross_kv for x in pair)
+        self.traced.decode(start, returned, collector)
+        return *memories, *(x for pair in collector.cross_kv for x in pair)
 
     def decode(
         self,
         tokens: Tensor,
         position: Tensor,
-        source_mask: Tensor | None,
+        source_masks: Sequence[Tensor | None],
         self_kv: Sequence[KV],
         cross_kv: Sequence[KV],
     ) -> tuple[Tensor, list[KV]]:
-        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_mask)
-        memory = torch.zeros(1, 1, self._width, dtype=cross_kv[0][0].dtype)  # its K/V are there already
-        return self.traced.decode(tokens, memory, state).float(), state.self_kv
+        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_masks)
+        memories = [
+            torch.zeros(1, 1, width, dtype=cross_kv[0][0].dtype) for width in self._widths
+        ]  # K/V are there already
+        return self.traced.decode(tokens, self._as_returned(memories), state).float(), state.self_kv
 
     def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
-        memory = self.module.encode(inputs["input_ids"], inputs["attention_mask"])
-        cache = _Recording(tokens, inputs["attention_mask"])
-        logits = self.module.decode(tokens, memory, cache)
-        return Forward(memory, logits.float(), cache.self_kv, cache.cross_kv)
+        returned = self.module.encode(*(inputs[item.name] for item in self.facts.inputs))
+        cache = _Recording(tokens, self._masks(inputs))
+        logits = self.module.decode(tokens, returned, cache)
+        return Forward(as_memories(returned), logits.float(), cache.self_kv, cache.cross_kv)
+
+    def _masks(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """By memory."""
+        return [None if memory.mask is None else inputs[memory.mask] for memory in self.facts.memories]
+
+    def _as_returned(self, each: Sequence[Any]) -> Any:
+        """One thing for each memory, as the module knows its memories: a tuple where encode() returns one, else the thing itself."""
+        return tuple(each) if self._several else each[0]
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise SourceError("a custom module is an encoder-decoder; encoders alone come from checkpoints")
@@ -96,7 +119,8 @@ class CustomSource:
         if options.get("num_beams", 1) != 1:
             return None
         generation = self.facts.generation
-        ids = torch.full((len(inputs["input_ids"]), 1), generation["decoder_start_token_id"])
+        batch = len(next(iter(inputs.values())))
+        ids = torch.full((batch, 1), generation["decoder_start_token_id"])
         finished = torch.zeros(len(ids), dtype=torch.bool)
         for step in range(options["max_new_tokens"]):
             logits = self.forward(inputs, ids).logits[:, -1]
@@ -118,21 +142,38 @@ class CachelessSource(CustomSource):
     """
 
     def __init__(self, module: Any) -> None:
-        custom_facts.read(module)  # before its decode() is made a graph, whose errors would hide what is wrong here
-        super().__init__(Incremental(module.eval().requires_grad_(False)))
+        known = custom_facts.read(
+            module
+        )  # before its decode() is made a graph, whose errors would hide what is wrong here
+        super().__init__(Incremental(module.eval().requires_grad_(False), known))
         self._whole = module
-        _tried_whole(module, self.facts)
-        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])[:, : self.facts.source_limit]
-        ids = torch.full_like(mask, self.facts.source_vocabulary - 1)
+        lengths = custom_inputs.example_lengths(known.inputs, 4)
+        inputs = custom_inputs.examples(known.inputs, lengths, rows=2, ids=1 << 62)
+        for name in self.facts.masks:
+            inputs[name][1, 2:] = 0
         with torch.no_grad(), in_float32(self):
-            found = super().forward({"input_ids": ids, "attention_mask": mask}, torch.zeros(2, 2, dtype=torch.int64))
-            assert found.memory is not None
-            check(self.module, self.facts.vocabulary, found.self_kv, found.cross_kv, (found.memory, mask))
+            self._try_lengths(inputs)
+            found = super().forward(inputs, torch.zeros(2, 2, dtype=torch.int64))
+            check(self.module, self.facts.vocabulary, found, self._masks(inputs))
 
     def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
         derived = super().forward(inputs, tokens)
-        logits = self._whole.decode(tokens, derived.memory, inputs["attention_mask"])
-        return Forward(derived.memory, logits.float(), derived.self_kv, derived.cross_kv)
+        memories, masks = self._as_returned(derived.memories), self._as_returned(self._masks(inputs))
+        logits = self._whole.decode(tokens, memories, masks)
+        return Forward(derived.memories, logits.float(), derived.self_kv, derived.cross_kv)
+
+    def _try_lengths(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raises SourceError where decode() fails for the shortest target or the longest: the reference asks for all between."""
+        returned, masks = self._whole.encode(*inputs.values()), self._as_returned(self._masks(inputs))
+        for length in (1, self.facts.limit or 2):
+            tokens = torch.full((2, length), int(self.facts.generation["decoder_start_token_id"]))
+            try:
+                self._whole.decode(tokens, returned, masks)
+            except Exception as err:  # whatever a stranger's code raises
+                raise SourceError(
+                    f"decode(tokens, memory, memory_mask) fails for {length} of at most {self.facts.limit} tokens: "
+                    f"{type(err).__name__}: {err}"
+                ) from err
 
 
 def open_module(module: Any) -> CustomSource:
@@ -142,30 +183,49 @@ def open_module(module: Any) -> CustomSource:
     return CustomSource(module) if "cache" in names or len(names) != 3 else CachelessSource(module)
 
 
-def _tried(module: Any, facts: CustomFacts) -> tuple[int, int]:
-    """(memory width, vocabulary) from real calls, as long as the module says a target may be.
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """What real calls told: widths of the memories, whether encode() returns them as a tuple, the memory of each cross-attention."""
+
+    widths: tuple[int, ...]
+    several: bool
+    crossed: tuple[int, ...]
+    vocabulary: int
+
+
+def _tried(module: Any, facts: CustomFacts) -> _Trial:
+    """Calls as long as the module says a target may be.
 
     Errors:
-        SourceError: the module fails, gives something else than memory [B,T,M] and logits [R,Q,V], or has other ids than it says.
+        SourceError: the module fails, gives something else than memories [B,T,M] and logits [R,Q,V], or has other ids than it says.
     """
     start, pad = (facts.special_ids[f"{name}_token_id"] for name in ("decoder_start", "pad"))
-    tokens, mask = torch.full((1, facts.limit or 2), start), torch.ones(1, 2, dtype=torch.int64)
+    tokens = torch.full((1, facts.limit or 2), start)
     tokens[0, -1] = pad  # rows that have ended go on with it
-    cache = _Recording(tokens, mask)
+    dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+    lengths = custom_inputs.example_lengths(facts.inputs, 2)
+    inputs = custom_inputs.examples(facts.inputs, lengths, dtype=dtype)
+    cache = _Recording(tokens, [None if mask is None else inputs[mask] for mask in facts.masks])
     with torch.no_grad():
-        with _trial("a source of two ids 0"):
-            memory = module.encode(torch.zeros_like(mask), mask)
-        _check_shape("encode", memory, (1, 2), "M")
-        _check_source_ids(module, facts, mask)
+        with _trial("a source of ids 0"):
+            returned = module.encode(*inputs.values())
+        memories = custom_inputs.check_memories(returned, facts.masks, inputs)
+        _check_fixed(module, facts, memories, dtype)
+        _check_source_ids(module, facts, inputs)
         with _trial(f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}"):
-            logits = module.decode(tokens, memory, cache)
-    _check_shape("decode", logits, (1, tokens.shape[1]), "V")
+            logits = module.decode(tokens, returned, cache)
+    _check_logits(logits, tokens.shape[1])
     vocabulary = int(logits.shape[-1])
     problems = [
         f"decode() asked for no {kind}-attention of its cache: every layer's goes through cache.{kind}_attention(...)"
         for kind, found in (("self", cache.self_kv), ("cross", cache.cross_kv))
         if not found
     ]
+    if cache.cross_kv:
+        problems += [
+            f"no cross-attention reads memory {index}: leave out of encode()'s result what the decoder does not attend to"
+            for index in sorted(set(range(len(memories))) - set(cache.crossed))
+        ]
     problems += [
         f"special_ids['eos_token_id'] names {each}: expected ids below {vocabulary}, the width of the logits"
         for each in facts.eos_ids
@@ -175,22 +235,46 @@ def _tried(module: Any, facts: CustomFacts) -> tuple[int, int]:
         raise SourceError(
             explain("this encoder-decoder cannot generate step by step (see docs/custom-models.md):", problems)
         )
-    return int(memory.shape[-1]), vocabulary
+    return _Trial(
+        widths=tuple(int(memory.shape[-1]) for memory in memories),
+        several=isinstance(returned, (tuple, list)),
+        crossed=tuple(cache.crossed),
+        vocabulary=vocabulary,
+    )
 
 
-def _check_source_ids(module: Any, facts: CustomFacts, mask: Tensor) -> None:
+def _check_fixed(module: Any, facts: CustomFacts, memories: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Raises SourceError where a memory without a mask is longer or shorter for another source."""
+    if None not in facts.masks:
+        return
+    shorter = custom_inputs.examples(facts.inputs, dict.fromkeys(SOURCE_AXES, 1), dtype=dtype)
+    with _trial("a source of one id 0"):
+        others = as_memories(module.encode(*shorter.values()))
+    for index, (mask, memory, other) in enumerate(zip(facts.masks, memories, others, strict=True)):
+        if mask is None and memory.shape[1] != other.shape[1]:
+            raise SourceError(
+                f"memory_masks[{index}] is None, so memory {index} must be of one length for all sources, got lengths "
+                f"{memory.shape[1]} and {other.shape[1]}: name the input that masks it"
+            )
+
+
+def _check_source_ids(module: Any, facts: CustomFacts, inputs: Mapping[str, Tensor]) -> None:
     """Raises SourceError where encode() takes the id 0, but not every id that the facts promise it."""
-    size, pad = facts.source_vocabulary, facts.special_ids["pad_token_id"]
-    promised = {
-        f"source_vocabulary = {size}: expected the number of ids that encode() takes": size - 1,
-        f"special_ids['pad_token_id'] = {pad}: expected an id that encode() takes, for sources are padded with it": pad,
-    }
+    pad, declared = facts.special_ids["pad_token_id"], hasattr(module, "inputs")
     problems = []
-    for promise, last in promised.items():
-        try:
-            module.encode(torch.full_like(mask, last), mask)
-        except Exception as err:  # whatever a stranger's code raises
-            problems.append(f"{promise}; id {last} fails: {type(err).__name__}: {err}")
+    for item in facts.inputs:
+        if (size := item.vocabulary) is None:
+            continue
+        said = f"inputs[{item.name!r}]['vocabulary']" if declared else "source_vocabulary"
+        promised = {
+            f"{said} = {size}: expected the number of ids that encode() takes": size - 1,
+            f"special_ids['pad_token_id'] = {pad}: expected an id that encode() takes, for sources are padded with it": pad,
+        }
+        for promise, last in promised.items():
+            try:
+                module.encode(*({**inputs, item.name: torch.full_like(inputs[item.name], last)}.values()))
+            except Exception as err:  # whatever a stranger's code raises
+                problems.append(f"{promise}; id {last} fails: {type(err).__name__}: {err}")
     if problems:
         raise SourceError(explain("encode() does not take the source's ids (see docs/custom-models.md):", problems))
 
@@ -204,26 +288,12 @@ def _trial(given: str) -> Iterator[None]:
     except Exception as err:  # whatever a stranger's code raises
         raise SourceError(
             f"a trial call failed ({given}): {type(err).__name__}: {err}; "
-            "encode(input_ids, attention_mask) and decode(tokens, memory, cache) must take them"
+            "encode() and decode(tokens, memory, cache) must take them"
         ) from err
 
 
-def _check_shape(name: str, value: Any, expected: tuple[int, int], width: str) -> None:
-    if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == expected:
+def _check_logits(value: Any, length: int) -> None:
+    if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, length):
         return
     found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    raise SourceError(f"{name}() must return a tensor [{expected[0]},{expected[1]},{width}], got {found}")
-
-
-def _tried_whole(module: Any, facts: Facts) -> None:
-    """Raises SourceError where decode() fails for the shortest target or the longest: the reference asks for all between."""
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    for length in (1, facts.limit or 2):
-        tokens = torch.full((1, length), int(facts.generation["decoder_start_token_id"]))
-        try:
-            with torch.no_grad():
-                module.decode(tokens, module.encode(ids, torch.ones_like(ids)), torch.ones_like(ids))
-        except Exception as err:  # whatever a stranger's code raises
-            raise SourceError(
-                f"decode(tokens, memory, memory_mask) fails for {length} of at most {facts.limit} tokens: {type(err).__name__}: {err}"
-            ) from err
+    raise SourceError(f"decode() must return a tensor [1,{length},V], got {found}")

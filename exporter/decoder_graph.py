@@ -5,14 +5,18 @@ padding. Knows neither attention nor caches.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from txopt.exporter import custom_inputs
+from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.plain import plain_modules
+from txopt.exporter.source import Memory
 from txopt.runtime.errors import SourceError
 
 _aten = torch.ops.aten
@@ -45,34 +49,60 @@ class Kind(Enum):
         return self in (Kind.PADDING, Kind.SOURCE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A memory as the graph takes it: its states [B,T,M], and its mask [B,T] where it has one."""
+
+    named: Memory
+    states: fx.Node
+    mask: fx.Node | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the graph takes."""
+
+    tokens: fx.Node
+    memories: tuple[Read, ...]
+
+
 class FullDecoder(nn.Module):
-    """decode() of a module, as the one call that is made a graph."""
+    """decode() of a module, as the one call that is made a graph; ``masks`` are those that are there."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, memories: Sequence[Memory], several: bool) -> None:
         super().__init__()
-        self.module = module
+        self.module, self._memories, self._several = module, memories, several
 
-    def forward(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
-        logits: Tensor = self.module.decode(tokens, memory, memory_mask)
+    def forward(self, tokens: Tensor, memories: tuple[Tensor, ...], masks: tuple[Tensor, ...]) -> Tensor:
+        there = iter(masks)
+        by_memory = tuple(None if memory.mask is None else next(there) for memory in self._memories)
+        taken = (memories, by_memory) if self._several else (memories[0], by_memory[0])
+        logits: Tensor = self.module.decode(tokens, *taken)
         return logits
 
 
-def graph_of(module: Any) -> fx.GraphModule:
-    """decode() as a graph over any batch, target and source length.
+def graph_of(module: Any, facts: CustomFacts) -> tuple[fx.GraphModule, Given]:
+    """decode() as a graph over any batch, target and source length, and what it takes.
 
     Raises:
         SourceError: torch cannot make it a graph, or one of those sizes is fixed.
     """
+    named = custom_inputs.memories_of(facts.inputs, facts.masks)
     ids = torch.ones(2, 5 if module.max_length > 5 else 2, dtype=torch.int64)
     dynamic = torch.export.Dim.DYNAMIC  # branches on which length is greater are taken once; parity tries other lengths
     try:
         with torch.no_grad(), plain_modules():
-            longest = getattr(module, "max_source_length", None) or module.max_length
-            mask = torch.ones(2, min(7, longest), dtype=torch.int64)
-            memory = module.encode(torch.zeros_like(mask), mask)
-            _check_memory(memory)
-            shapes = ({0: dynamic, 1: dynamic},) * 3
-            program = torch.export.export(FullDecoder(module.eval()), (ids, memory, mask), dynamic_shapes=shapes)
+            dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+            lengths = custom_inputs.example_lengths(facts.inputs, 7)
+            inputs = custom_inputs.examples(facts.inputs, lengths, rows=2, dtype=dtype)
+            returned = module.encode(*inputs.values())
+            memories = custom_inputs.check_memories(returned, facts.masks, inputs)
+            masks = tuple(inputs[mask] for mask in facts.masks if mask is not None)
+            varying = [{0: dynamic, 1: dynamic} if isinstance(memory.axis, str) else {0: dynamic} for memory in named]
+            masked = [shape for shape, memory in zip(varying, named, strict=True) if memory.mask is not None]
+            shapes = ({0: dynamic, 1: dynamic}, tuple(varying), tuple(masked))
+            decoder = FullDecoder(module.eval(), named, isinstance(returned, (tuple, list)))
+            program = torch.export.export(decoder, (ids, memories, masks), dynamic_shapes=shapes)
             if any(_in_place(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except SourceError:
@@ -84,18 +114,30 @@ def graph_of(module: Any) -> fx.GraphModule:
         ) from err
     found: Any = program.module()
     _tidy(found.graph, module.special_ids)
-    return fx.GraphModule(found, found.graph)  # a plain one: that of an exported program refuses eval()
+    graph = fx.GraphModule(found, found.graph)  # a plain one: that of an exported program refuses eval()
+    return graph, _given(graph.graph, named)
 
 
-def kinds_of(graph: fx.Graph) -> dict[fx.Node, Kind]:
+def _given(graph: fx.Graph, named: Sequence[Memory]) -> Given:
+    tokens, *rest = [node for node in graph.nodes if node.op == "placeholder"]
+    states, masks = rest[: len(named)], iter(rest[len(named) :])
+    memories = [
+        Read(named=memory, states=node, mask=None if memory.mask is None else next(masks))
+        for memory, node in zip(named, states, strict=True)
+    ]
+    return Given(tokens=tokens, memories=tuple(memories))
+
+
+def kinds_of(graph: fx.Graph, given: Given) -> dict[fx.Node, Kind]:
     """What every node depends on; get_attr nodes are constants."""
-    tokens, memory, mask = (node for node in graph.nodes if node.op == "placeholder")
-    kinds = {tokens: Kind.TOKENS, memory: Kind.SOURCE, mask: Kind.PADDING}
+    kinds = {given.tokens: Kind.TOKENS}
+    for memory in given.memories:
+        kinds |= {memory.states: Kind.SOURCE} | ({} if memory.mask is None else {memory.mask: Kind.PADDING})
     for node in graph.nodes:
         if node in kinds:
             continue
         if node.target is SIZE:
-            kinds[node] = Kind.LENGTH if node.args[0] is tokens else Kind.PADDING
+            kinds[node] = Kind.LENGTH if node.args[0] is given.tokens else Kind.PADDING
             continue
         by_shape = getattr(node.target, "__name__", "").partition(".")[0] in _BY_SHAPE_ALONE
         found = {kinds[each] for each in node.all_input_nodes}
@@ -104,6 +146,17 @@ def kinds_of(graph: fx.Graph) -> dict[fx.Node, Kind]:
         order = (Kind.TOKENS, Kind.SOURCE, Kind.PADDING, Kind.LENGTH)
         kinds[node] = next((kind for kind in order if kind in found), Kind.CONSTANT)
     return kinds
+
+
+def memories_read(graph: fx.Graph, given: Given) -> dict[fx.Node, frozenset[int]]:
+    """The memories that every node's value comes from, by their numbers; their lengths do not count."""
+    read: dict[fx.Node, frozenset[int]] = {}
+    for index, memory in enumerate(given.memories):
+        read |= dict.fromkeys((node for node in (memory.states, memory.mask) if node is not None), frozenset({index}))
+    for node in graph.nodes:
+        before = [] if node.target is SIZE else [read[each] for each in node.all_input_nodes]
+        read.setdefault(node, frozenset().union(*before))
+    return read
 
 
 def call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -122,24 +175,15 @@ def place(node: fx.Node) -> str:
     return f"node {node.name} ({name}{f' in {path}' if path else ''})"
 
 
-def _check_memory(memory: Any) -> None:
-    if not isinstance(memory, Tensor) or memory.dim() != 3:
-        found = list(memory.shape) if isinstance(memory, Tensor) else f"a {type(memory).__name__}"
-        raise SourceError(
-            f"encode() must return one memory [B,T,M], got {found}; an artifact holds one source with one length and one mask, so "
-            "a decoder of two memories cannot become one yet"
-        )
-
-
 def _reason(err: Exception) -> str:
     """torch's first line, or which size the module fixes, in words."""
     axes = {
         "tokens": ("rows", "target length"),
-        "memory": ("rows", "source length"),
-        "memory_mask": ("rows", "source length"),
+        "memories": ("rows", "source length"),
+        "masks": ("rows", "source length"),
     }
     found = re.findall(
-        r"L\['(\w+)'\]\.size\(\)\[([01])\] as dynamic but your code specialized it .* \((\d+)\)", str(err)
+        r"L\['(\w+)'\](?:\[\d+\])?\.size\(\)\[([01])\] as dynamic but your code specialized it .* \((\d+)\)", str(err)
     )
     fixed = sorted({f"the {axes[name][int(axis)]} to {size}" for name, axis, size in found if name in axes})
     if not fixed:
@@ -163,10 +207,20 @@ def _tidy(graph: fx.Graph, special_ids: Mapping[str, int]) -> None:
             node.target = _aten.reshape.default
     pad, start = special_ids["pad_token_id"], special_ids["decoder_start_token_id"]
     tokens = next(node for node in graph.nodes if node.op == "placeholder")
+    _count_rows_by_tokens(graph, tokens)
     for node in [node for node in graph.nodes if node.target in _PADDING and _same(node.args[0], tokens)]:
         if node.args[1] == pad != start:
             _replace_by_constant(graph, node, tokens)
     graph.eliminate_dead_code()
+
+
+def _count_rows_by_tokens(graph: fx.Graph, tokens: fx.Node) -> None:
+    """Reads the batch off the tokens: torch reads it off any input, and a step's memories are placeholders of one row."""
+    rows = tokens.meta["val"].shape[0]
+    sizes = [node for node in graph.nodes if node.target is SIZE and str(node.meta["val"]) == str(rows)]
+    for node in sizes:
+        if node.args[0] is not tokens:
+            node.args = (tokens, 0)
 
 
 def _same(node: Any, tokens: fx.Node) -> bool:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-Count = TypeVar("Count", int, Tensor)
+Count = TypeVar("Count", int, Tensor, NDArray[np.int64])
 
 
 @dataclass(frozen=True)

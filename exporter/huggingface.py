@@ -1,44 +1,26 @@
-"""A Hugging Face checkpoint as a ``Source``: loads it, traces it through its own forward, asks it for reference answers.
+"""A transformers model as a ``Source``: traces it through its own forward, asks it for reference answers.
 
 The traced copy shares its weights with the original but carries the family's hook and position tables. What a family is lives
-in families/; how reference cases are chosen lives in reference.py.
+in families/; how a model is read, in pretrained.py; how reference cases are chosen, in reference.py.
 """
 
 import copy
-import logging
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from txopt.exporter.attention import routed
 from txopt.exporter.cache import DecodeState, as_transformers, collecting, decoding
-from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
-from txopt.exporter.framing import Framing
-from txopt.exporter.pooling import Pooling, read_pooling
-from txopt.exporter.positions import computed_tables, make_tables, read_by_row
-from txopt.exporter.source import KV, Facts, Forward, Generated, Input
-from txopt.runtime.errors import SourceError, explain
-
-# The architecture's suffix says what an encoder alone is for.
-ENCODER_TASKS = {
-    "ForSequenceClassification": ("text-classification", ("logits",)),
-    "ForTokenClassification": ("token-classification", ("logits",)),
-}
-EMBEDDING = ("embedding", ("memory", "embedding"))
-# Pretraining heads, under which people keep bodies that are good for embeddings.
-LANGUAGE_HEADS = ("ForMaskedLM", "ForPreTraining")
-# One to start from, one to generate; a source of one token would be frozen into the graph.
-LEAST_POSITIONS = 2
-
-logger = logging.getLogger(__name__)
+from txopt.exporter.huggingface_facts import check_limits, facts_of
+from txopt.exporter.pooling import Pooling
+from txopt.exporter.positions import read_by_row
+from txopt.exporter.source import KV, Forward, Generated
 
 
 class HuggingFaceSource:
@@ -49,7 +31,7 @@ class HuggingFaceSource:
         self.family = family
         self._pooling = pooling
         self.facts = facts_of(module, family)
-        _check_limits(self.facts, family)
+        check_limits(self.facts, family)
         self.traced = _prepare(module, family)
         self._layers = _decoder_layers(module)
 
@@ -96,11 +78,11 @@ class HuggingFaceSource:
         self,
         tokens: Tensor,
         position: Tensor,
-        source_mask: Tensor | None,
+        source_masks: Sequence[Tensor | None],
         self_kv: Sequence[KV],
         cross_kv: Sequence[KV],
     ) -> tuple[Tensor, list[KV]]:
-        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_mask)
+        state = DecodeState(tokens, position, list(self_kv), list(cross_kv), source_masks)
         arguments: dict[str, Any] = {"past_key_values": as_transformers(state), "use_cache": True}
         if self.family.position_argument:
             arguments[self.family.position_argument] = state.positions
@@ -114,8 +96,8 @@ class HuggingFaceSource:
                 "decoder_input_ids": tokens,
                 "decoder_attention_mask": state.causal,
             }
-            if state.folded is not None and not self.family.padding_mask:
-                arguments["attention_mask"] = state.folded
+            if state.folded[0] is not None and not self.family.padding_mask:
+                arguments["attention_mask"] = state.folded[0]
         with routed(self.traced), decoding(state):
             logits = self.traced(**arguments).logits
         return logits.float(), state.self_kv
@@ -128,7 +110,7 @@ class HuggingFaceSource:
         if self.facts.kind == "decoder":
             extra = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
             out = self.module(input_ids=tokens, use_cache=True, **extra)
-            return Forward(None, out.logits.float(), _kv(out.past_key_values), [])
+            return Forward((), out.logits.float(), _kv(out.past_key_values), [])
         encoded = self.module.get_encoder()(**inputs)
         arguments = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
         cache = _growing_cache()
@@ -143,7 +125,7 @@ class HuggingFaceSource:
             for part in (torch.split(tokens, 1, dim=1) if self.family.stepwise else [tokens])
         ]
         return Forward(
-            encoded[0],
+            (encoded[0],),
             torch.cat(logits, dim=1).float(),
             _kv(cache.self_attention_cache),
             _kv(cache.cross_attention_cache),
@@ -167,222 +149,12 @@ def _growing_cache() -> EncoderDecoderCache:
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
-def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> HuggingFaceSource:
-    """Reads config.json and safetensors; never a pickle, never the network.
-
-    Errors:
-        SourceError: no family knows the model, its architecture does not exist, or its weights are not safetensors.
-    """
-    import transformers
-
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    family = find(config.model_type)
-    if not any(directory.glob("*.safetensors")):
-        raise SourceError(
-            f"{directory} has no .safetensors file, and txopt opens no pickles; convert the checkpoint once with "
-            "model.save_pretrained(...) on a machine that trusts it"
-        )
-    name = next(iter(config.architectures or []), None)
-    architecture = getattr(transformers, name, None) if name else None
-    if architecture is None:
-        raise SourceError(
-            f"config.json of {directory} names the architecture {name!r}, which transformers {transformers.__version__} does not have"
-        )
-    if family.kind == "encoder" and not getattr(config, "is_decoder", False):
-        architecture = _body(architecture, directory)
-    _check_architecture(architecture, family, config)
-    module = _read(architecture, directory, config, dtype)
-    pooling = read_pooling(directory) if family.kind == "encoder" else None
-    return HuggingFaceSource(module, family, pooling)
-
-
-def _body(architecture: Any, directory: Path) -> Any:
-    """The class to load: a masked language model's body without its head, which embeds; any other as it is."""
-    import transformers
-
-    head = next((suffix for suffix in LANGUAGE_HEADS if architecture.__name__.endswith(suffix)), None)
-    body = getattr(transformers, architecture.__name__.removesuffix(head) + "Model", None) if head else None
-    if body is None:
-        return architecture
-    logger.warning(
-        "%s: %s is exported as %s, for embeddings: its language-model head is left out",
-        directory.name,
-        architecture.__name__,
-        body.__name__,
-    )
-    return body
-
-
-def _check_architecture(architecture: Any, family: Family, config: Any) -> None:
-    """Refuses a head or a decoder that the family's road does not carry, before anything is loaded."""
-    name = architecture.__name__
-    if family.kind == "encoder":
-        fits = name.endswith((*ENCODER_TASKS, "Model")) and not getattr(config, "is_decoder", False)
-        expected = "a model without a head (...Model), ...ForSequenceClassification, ...ForTokenClassification or ...ForMaskedLM"
-        advice = (
-            "to keep the body alone, load the checkpoint in transformers and model.base_model.save_pretrained(...) it"
-        )
-    else:
-        fits = issubclass(architecture, GenerationMixin) and "CausalLM" not in name
-        expected = "a model that generates (...ForConditionalGeneration, ...LMHeadModel, ...)"
-        advice = "load the checkpoint as such a class in transformers and save_pretrained() it"
-    if not fits:
-        kind = "a decoder" if getattr(config, "is_decoder", False) or family.kind == "decoder" else f"an {family.kind}"
-        raise SourceError(f"config.json names the architecture {name!r}, as {kind}: expected {expected}; {advice}")
-    decoder = getattr(config, "decoder", None)
-    if family.decoders and decoder is not None and decoder.model_type not in family.decoders:
-        crosses = getattr(decoder, "add_cross_attention", False)
-        raise SourceError(
-            f"config.json has a decoder of model_type {decoder.model_type!r}"
-            f"{'' if crosses else ', and without cross-attention (add_cross_attention: false)'}: a {family.name} is supported "
-            f"with {' or '.join(family.decoders)}; other decoders go through the custom door (docs/custom-models.md)"
-        )
-
-
-def _check_limits(facts: Facts, family: Family) -> None:
-    """Refuses tables of positions too short for anything to be traced or generated."""
-    sizes = {family.limit: facts.limit, family.source_limit: facts.source_limit}
-    problems = [
-        f"{name}: expected at least {LEAST_POSITIONS} positions, got {size}"
-        for name, size in sizes.items()
-        if name is not None and size is not None and size < LEAST_POSITIONS
-    ]
-    if problems:
-        raise SourceError(explain("config.json has too few positions to run; use a checkpoint with more:", problems))
-
-
-def _read(architecture: Any, directory: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, every weight of it from the checkpoint; transformers would make up what is missing."""
-    try:
-        module, report = architecture.from_pretrained(
-            directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as err:  # transformers and safetensors raise a dozen kinds
-        reason = str(err).strip().split("\n")[0]
-        raise SourceError(f"{directory}: transformers cannot load it as {architecture.__name__}: {reason}") from err
-    # An encoder's pooler feeds no output here, and many checkpoints leave it out; sinusoids are computed.
-    sinusoids = computed_tables(module)
-    wanting = sorted(
-        name
-        for name in report["missing_keys"]
-        if name not in sinusoids and ("pooler." not in name or not architecture.__name__.endswith("Model"))
-    )
-    if wanting:
-        raise SourceError(explain(f"{directory} lacks weights that config.json asks for:", wanting[:12]))
-    if (unread := sorted(report["unexpected_keys"])) and not _embeds(architecture, config):
-        logger.warning(
-            "%s holds weights that %s does not read: %s; is its config.json the one it was trained with?",
-            directory.name,
-            architecture.__name__,
-            ", ".join(unread[:8]) + (f" and {len(unread) - 8} more" if len(unread) > 8 else ""),
-        )
-    make_tables(module, dtype)
-    found: PreTrainedModel = module
-    return found
-
-
-def _embeds(architecture: Any, config: Any) -> bool:
-    """Whether only the body of what the checkpoint holds was asked for; its head is left out, and that was said."""
-    return architecture.__name__ not in (config.architectures or [architecture.__name__])
-
-
 def _prepare(module: PreTrainedModel, family: Family) -> Any:
     """The copy that is traced: same weights, the family's hook and position table in place."""
     tensors = [*module.parameters(), *module.buffers()]
     traced = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     read_by_row(traced, family.positions)
     return traced if family.hook is None else family.hook(traced)
-
-
-def facts_of(module: PreTrainedModel, family: Family) -> Facts:
-    """What ``module``'s configurations say; its weights are not asked."""
-    config = module.config
-    task = family.task
-    outputs: tuple[str, ...] = ()
-    if family.kind == "encoder":
-        name = type(module).__name__
-        task, outputs = next((value for suffix, value in ENCODER_TASKS.items() if name.endswith(suffix)), EMBEDDING)
-    text = config.get_text_config(decoder=True) if family.kind != "encoder" else config
-    vocabulary = int(getattr(text, "decoder_vocab_size", None) or text.vocab_size)
-    return Facts(
-        kind=family.kind,
-        task=task,
-        family=family.name,
-        inputs=tuple(_sized(item, config) for item in family.inputs),
-        generation=_generation(module),
-        vocabulary=vocabulary,
-        source_vocabulary=int(
-            getattr(config, "src_vocab_size", None) or getattr(config, "vocab_size", None) or vocabulary
-        ),
-        limit=_value(config, family.limit),
-        source_limit=_value(config, family.source_limit),
-        framing=_framing(config, family.convolutions),
-        outputs=outputs,
-        labels={str(k): str(v) for k, v in config.id2label.items()} if outputs == ("logits",) else None,
-        scores=_scores(config, task) if outputs == ("logits",) else None,
-    )
-
-
-def _scores(config: Any, task: str) -> str:
-    """As transformers' pipelines read a configuration."""
-    if task == "token-classification":
-        return "softmax"
-    if config.problem_type == "regression":
-        return "none"
-    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
-
-
-def _framing(config: Any, lists: tuple[str, str] | None) -> Framing | None:
-    if lists is None:
-        return None
-    kernels, strides = (getattr(config, name) for name in lists)
-    return Framing(tuple((int(kernel), int(stride)) for kernel, stride in zip(kernels, strides, strict=True)))
-
-
-def _sized(item: Input, config: Any) -> Input:
-    named = {"B", "T", "N"}
-    return Input(
-        name=item.name,
-        dtype=item.dtype,
-        axes=tuple(axis if axis in named or isinstance(axis, int) else _value(config, axis) for axis in item.axes),  # type: ignore[misc]
-    )
-
-
-def _value(config: Any, expression: str | None) -> int | None:
-    """A size out of the configuration: "a", "sub.a", "2*a", "a-b-1", or "a.0" and "a.1", which are the same where a is one number."""
-    if expression is None:
-        return None
-    factor, _, rest = expression.rpartition("*")
-    terms = rest.split("-")
-    numbers = [int(term) if re.fullmatch(r"\d+", term) else _attribute(config, term) for term in terms]
-    return int(factor or 1) * (numbers[0] - sum(numbers[1:]))
-
-
-def _attribute(config: Any, path: str) -> int:
-    value = config
-    for name in path.split("."):
-        if name.isdigit():
-            value = value[int(name)] if isinstance(value, (list, tuple)) else value
-        elif not hasattr(value, name):
-            raise SourceError(
-                f"config.json has no {path}, a size that txopt needs; a model of another kind goes through the custom door "
-                "(docs/custom-models.md)"
-            )
-        else:
-            value = getattr(value, name)
-    return int(value)
-
-
-def _generation(module: PreTrainedModel) -> dict[str, Any]:
-    config = getattr(module, "generation_config", None)
-    if config is None:
-        return {}
-    facts = {k: v for k, v in config.to_diff_dict().items() if v is not None and not k.startswith("_")}
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-        if (value := getattr(config, name, None)) is not None:
-            facts[name] = value
-    facts.pop("transformers_version", None)
-    return facts
 
 
 def _decoder_layers(module: PreTrainedModel) -> int:

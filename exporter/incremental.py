@@ -12,15 +12,16 @@ Knows PyTorch operators, no model and no ONNX. The proof of the whole is parity 
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from txopt.exporter import written_attention
-from txopt.exporter.custom import DecodeCache
-from txopt.exporter.decoder_graph import SIZE, Kind, call, graph_of, kinds_of, place
+from txopt.exporter.custom import DecodeCache, as_memories
+from txopt.exporter.custom_facts import CustomFacts
+from txopt.exporter.decoder_graph import SIZE, Kind, call, graph_of, kinds_of, memories_read, place
 from txopt.exporter.source_mask import MASKED, Constant, constant, is_padding
 from txopt.runtime.errors import SourceError
 
@@ -31,40 +32,38 @@ class Incremental(nn.Module):
     """``module`` with the custom protocol's decode(); see the module's docstring.
 
     Args:
-        module: encode(input_ids, attention_mask) and decode(tokens, memory, memory_mask), ``special_ids`` and ``max_length``.
+        module: encode(...) and decode(tokens, memory, memory_mask), with tuples in place of the last two where there are several.
+        facts: what ``module`` says of itself.
 
     Raises:
         SourceError: decode() cannot be made a graph, looks at later tokens, or has masks that depend on the tokens.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, facts: CustomFacts) -> None:
         super().__init__()
-        limit = getattr(module, "max_length", None)
-        if not isinstance(limit, int) or limit < 2:
-            raise SourceError(
-                f"decode() without a cache needs max_length, the longest target, as a number; got {limit!r}"
-            )
-        self.module, self.special_ids, self.max_length = module, module.special_ids, limit
-        for name in ("tokenizers", "source_vocabulary", "max_source_length"):
+        if facts.limit is None:
+            raise SourceError("decode() without a cache needs max_length, the longest target, as a number; got None")
+        self.module, self.special_ids, self.max_length = module, module.special_ids, facts.limit
+        for name in ("tokenizers", "source_vocabulary", "max_source_length", "inputs", "memory_masks"):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))
-        self.graph = graph_of(module)
-        kinds = kinds_of(self.graph.graph)
+        self.graph, self.given = graph_of(module, facts)
+        self.tokens = self.given.tokens
+        kinds = kinds_of(self.graph.graph, self.given)
         written_attention.fuse(self.graph.graph, lambda node: kinds[node] is Kind.TOKENS)
         self.nodes = [node for node in self.graph.graph.nodes if node.op in ("get_attr", "call_function", "output")]
-        self.tokens, self.memory, self.mask = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
-        self.kinds = kinds_of(self.graph.graph)
+        self.kinds = kinds_of(self.graph.graph, self.given)
+        self.read = memories_read(self.graph.graph, self.given)
         self.tables = self._tables()
         self.constants = self._constants()
-        self._padding: dict[fx.Node | None, bool] = {}
+        self._padding: dict[tuple[fx.Node | None, int], bool] = {}
         self.registered = nn.ModuleList([*self.tables.values(), *self.constants.values()])
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        memory: Tensor = self.module.encode(input_ids, attention_mask)
-        return memory
+    def encode(self, *inputs: Tensor) -> Any:
+        return self.module.encode(*inputs)
 
-    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
-        return Step(self, tokens, memory, cache).run()
+    def decode(self, tokens: Tensor, memory: Any, cache: DecodeCache) -> Tensor:
+        return Step(self, tokens, as_memories(memory), cache).run()
 
     def _tables(self) -> dict[fx.Node, "Table"]:
         """A table for every value that depends on the length alone and meets the tokens."""
@@ -84,7 +83,7 @@ class Incremental(nn.Module):
             met = [user for user in node.users if self.kinds[user] is Kind.TOKENS and user.target is not ATTENTION]
             if not met or node.op == "get_attr" or not self.kinds[node].of_source or not _is_tensor(node):
                 continue
-            number = constant(self.graph, node) if self.kinds[node] is Kind.PADDING else None
+            number = constant(self.graph, self.given, node) if self.kinds[node] is Kind.PADDING else None
             if number is None:
                 raise SourceError(
                     f"{place(met[0])} joins the source and the target outside of an attention; a decoder may look at the source "
@@ -108,12 +107,12 @@ class Incremental(nn.Module):
                     values[node] = call(node, values)
         return {n: v for n, v in values.items() if self.kinds[n] is Kind.LENGTH and isinstance(v, Tensor)}
 
-    def masks_padding(self, mask: fx.Node | None) -> bool:
-        """Whether a mask of cross-attention is the source's padding; asked once for each."""
-        if mask not in self._padding:
-            of_source = mask is not None and self.kinds[mask] in (Kind.PADDING, Kind.LENGTH, Kind.CONSTANT)
-            self._padding[mask] = of_source and is_padding(self.graph, mask)
-        return self._padding[mask]
+    def masks_padding(self, mask: fx.Node | None, memory: int) -> bool:
+        """Whether a mask of cross-attention is the padding of what it reads; asked once for each."""
+        if (mask, memory) not in self._padding:
+            known = mask is None or self.kinds[mask] in (Kind.PADDING, Kind.LENGTH, Kind.CONSTANT)
+            self._padding[mask, memory] = known and is_padding(self.graph, self.given, mask, memory)
+        return self._padding[mask, memory]
 
     def parameter(self, node: fx.Node) -> Any:
         """What a get_attr node names."""
@@ -173,9 +172,11 @@ class Table(nn.Module):
 class Step:
     """One call of decode(): new tokens [R,Q] through the graph."""
 
-    def __init__(self, decoder: Incremental, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> None:
-        self._decoder, self._cache, self._tokens, self._memory = decoder, cache, tokens, memory
-        self.values: dict[fx.Node, Any] = {decoder.tokens: tokens, decoder.memory: memory}
+    def __init__(self, decoder: Incremental, tokens: Tensor, memories: Sequence[Tensor], cache: DecodeCache) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._states = {read.mask: read.states for read in decoder.given.memories}
+        self.values: dict[fx.Node, Any] = {decoder.tokens: tokens}
+        self.values |= {read.states: states for read, states in zip(decoder.given.memories, memories, strict=True)}
         self._layers = {"self": 0, "cross": 0}
 
     def run(self) -> Tensor:
@@ -199,14 +200,18 @@ class Step:
 
     def value(self, node: fx.Node) -> Any:
         """A node's value, computed where it is not there yet: constants, sizes, and what the source gives."""
+        if node in self._states:
+            raise SourceError(
+                "K and V of cross-attention depend on the source's mask, which is not there where they are made: use it in encode(), "
+                "and in decode() for attention alone"
+            )
         if node not in self.values:
             self.values[node] = self._size(node) if node.target is SIZE else call(node, _Arguments(self, node))
         return self.values[node]
 
     def _size(self, node: fx.Node) -> int:
         of, axis = cast(tuple[fx.Node, int], node.args)
-        if of is self._decoder.mask:  # [B,T], as memory's first two axes
-            of = self._decoder.memory
+        of = self._states.get(of, of)  # a mask is [B,T], as the first two axes of its memory
         size: int = self.value(of).shape[axis]
         return size
 
@@ -231,13 +236,15 @@ class Step:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         key, value, mask = given["key"], given["value"], given.get("attn_mask")
         if kinds[key] is Kind.SOURCE and kinds[value] is Kind.SOURCE:
-            if not self._decoder.masks_padding(mask):
+            memory = self._memory_of(node, key, value)
+            if not self._decoder.masks_padding(mask, memory):
                 raise SourceError(
                     f"{place(node)}: expected cross-attention to mask the source's padding and nothing else; what it masks here "
                     "is not that, and the runtime could not know it"
                 )
-            layer = self._next("cross")
-            return self._cache.cross_attention(layer, query, lambda: (self.value(key), self.value(value)), scale=scale)
+            return self._cache.cross_attention(
+                self._next("cross"), query, lambda: (self.value(key), self.value(value)), memory=memory, scale=scale
+            )
         if kinds[key] is not Kind.TOKENS or kinds[value] is not Kind.TOKENS:
             raise SourceError(f"{place(node)}: expected K and V of the tokens or of the source, found neither")
         table = None
@@ -260,6 +267,16 @@ class Step:
         return self._cache.self_attention(
             self._next("self"), query, self.value(key), self.value(value), bias=bias, scale=scale
         )
+
+    def _memory_of(self, node: fx.Node, key: fx.Node, value: fx.Node) -> int:
+        """The one memory that K and V come from."""
+        read = self._decoder.read[key] | self._decoder.read[value]
+        if len(read) != 1:
+            raise SourceError(
+                f"{place(node)}: expected K and V of one memory, found them made of memories {' and '.join(map(str, sorted(read)))}; "
+                "attend to each by itself, or join them in encode()"
+            )
+        return min(read)
 
     def _next(self, kind: str) -> int:
         self._layers[kind] += 1

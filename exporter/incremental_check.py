@@ -1,42 +1,43 @@
 """Whether everything but attention acts on each position alone: the whole sequence against one token at a time, node by node."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from txopt.exporter.cache import KV, DecodeState
+from txopt.exporter.cache import DecodeState
 from txopt.exporter.decoder_graph import Kind, call, place
 from txopt.exporter.incremental import Incremental, Step
+from txopt.exporter.source import Forward
 from txopt.runtime.errors import SourceError
 
 LENGTH = 6
 TOLERANCE = 1e-3  # of a value's largest magnitude; rounding is far below, another answer far above
 
 
-def check(
-    decoder: Incremental, vocabulary: int, self_kv: list[KV], cross_kv: list[KV], inputs: tuple[Tensor, Tensor]
-) -> None:
+def check(decoder: Incremental, vocabulary: int, found: Forward, masks: Sequence[Tensor | None]) -> None:
     """Raises SourceError with the first node whose value at a position is not the one that a step computes.
 
     Args:
         decoder: derived.
         vocabulary: ids to draw from.
-        self_kv: K and V of any target by layer, for their heads and sizes. cross_kv: K and V of the source of ``inputs``.
-        inputs: memory [B,T,M] and its mask [B,T].
+        found: of the source to ask about and any target: its memories [B,T,M], their K and V, and K and V of the target by layer,
+            for their heads and sizes.
+        masks: of the memories, [B,T] each; None for one without padding.
     """
-    memory, mask = inputs
+    memory = found.memories[0]
     length = min(LENGTH, decoder.max_length)
     tokens = torch.randint(0, vocabulary, (len(memory), length), generator=torch.Generator().manual_seed(0))
-    whole = _whole(decoder, tokens, memory, mask)
-    shapes = [(len(memory), k.shape[1], length, k.shape[3]) for k, _ in self_kv]
+    whole = _whole(decoder, tokens, found.memories, masks)
+    shapes = [(len(memory), k.shape[1], length, k.shape[3]) for k, _ in found.self_kv]
     buffers = [(torch.zeros(shape, dtype=memory.dtype), torch.zeros(shape, dtype=memory.dtype)) for shape in shapes]
     order = {node: index for index, node in enumerate(decoder.nodes)}
     wrong: set[fx.Node] = set()
     for position in range(length):
         now = tokens[:, position : position + 1]
-        state = DecodeState(now, torch.full((len(memory),), position), buffers, cross_kv, mask)
-        step = Step(decoder, now, memory, state)
+        state = DecodeState(now, torch.full((len(memory),), position), buffers, found.cross_kv, masks)
+        step = Step(decoder, now, found.memories, state)
         step.run()
         wrong |= {
             node
@@ -51,9 +52,13 @@ def check(
         )
 
 
-def _whole(decoder: Incremental, tokens: Tensor, memory: Tensor, mask: Tensor) -> dict[fx.Node, Tensor]:
+def _whole(
+    decoder: Incremental, tokens: Tensor, memories: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> dict[fx.Node, Tensor]:
     """What every node that depends on the tokens gives for the whole sequence."""
-    values: dict[fx.Node, Any] = {decoder.tokens: tokens, decoder.memory: memory, decoder.mask: mask}
+    values: dict[fx.Node, Any] = {decoder.tokens: tokens}
+    for read, states, mask in zip(decoder.given.memories, memories, masks, strict=True):
+        values |= {read.states: states} | ({} if read.mask is None else {read.mask: mask})
     for node in decoder.nodes:
         if node.op != "output":
             values[node] = decoder.parameter(node) if node.op == "get_attr" else call(node, values)

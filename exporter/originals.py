@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from txopt.exporter.huggingface import facts_of
+from txopt.exporter.huggingface_facts import facts_of
 from txopt.exporter.optimum_folder import Folder
 from txopt.exporter.source import KV, Forward, Generated
 from txopt.runtime.backends.ort import Runner
@@ -53,7 +53,7 @@ class Originals:
     def decoded(self, memory: Tensor, mask: Tensor | None, tokens: Tensor) -> dict[str, Tensor]:
         """Logits [B,L,V] and K/V by the names of the files."""
         feeds = {"input_ids": tokens.numpy(), MEMORY: memory.numpy()}
-        if self.facts.padded and mask is not None:
+        if self.facts.masks and mask is not None:
             feeds[MASK] = mask.numpy()
         if self._merged:
             feeds[BRANCH] = np.array([False])
@@ -68,7 +68,7 @@ class Originals:
         self,
         tokens: Tensor,
         position: Tensor,
-        source_mask: Tensor | None,
+        source_masks: Sequence[Tensor | None],
         self_kv: Sequence[KV],
         cross_kv: Sequence[KV],
     ) -> tuple[Tensor, list[KV]]:
@@ -78,7 +78,7 @@ class Originals:
         memory = self.memory(inputs)
         answers = self.decoded(memory, inputs.get("attention_mask"), tokens)
         own, cross = (_pairs(answers, kind) for kind in ("decoder", "encoder"))
-        return Forward(memory, answers["logits"].float(), own, cross)
+        return Forward((memory,), answers["logits"].float(), own, cross)
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise TxoptError("an encoder-decoder has no outputs of an encoder alone")

@@ -24,6 +24,7 @@ from txopt.exporter.trace import Trace, trace
 from txopt.runtime import cases as reference_cases
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import UsageError, explain
+from txopt.runtime.graphs import format_needed
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.options import UNSUPPORTED, GenerationOptions
 from txopt.runtime.parity import ParityReport, replay
@@ -148,6 +149,7 @@ def _manifest(
 ) -> Manifest:
     facts = opened.source.facts
     return Manifest(
+        format=format_needed(traced.specs),
         kind=facts.kind,
         task=facts.task,
         family=facts.family,

@@ -10,7 +10,7 @@ import numpy as np
 
 from txopt.exporter.fusion.proof import Array, Feeds
 from txopt.runtime.cases import Case
-from txopt.runtime.graphs import GraphSpec, TensorSpec
+from txopt.runtime.graphs import MASKS, GraphSpec, TensorSpec
 
 _ROWS = 2  # of each source, as two beams have them
 _QUERIES = (3, 1)  # of the cases in turn: a prefill, and one step
@@ -39,11 +39,14 @@ def _decoder(spec: GraphSpec, case: Case, queries: int, limit: int | None, rando
     """One call at different positions of every row; mask and source length are the case's."""
     tokens = np.repeat(case.tokens[:, :queries], _ROWS, axis=0)
     sources, (rows, queries) = len(case.tokens), tokens.shape
-    mask = case.inputs.get("attention_mask")
+    masks = {item.name: item for item in spec.inputs if item.name.startswith(MASKS)}
     last = max(0, min(rows - 1, (limit or 1 << 20) - queries))
     lengths = {"B": sources, "R": rows, "Q": queries, "S": min(last + queries + _FREE, limit or 1 << 20)}
-    lengths["T"] = mask.shape[1] if mask is not None else _length(case)
-    given = {"input_ids": tokens, "position": np.arange(rows) % (last + 1), "encoder_attention_mask": mask}
+    lengths["T"] = _length(case)
+    given = {"input_ids": tokens, "position": np.arange(rows) % (last + 1)}
+    for name, item in masks.items():
+        given[name] = case.inputs[name.removeprefix(MASKS)]
+        lengths |= dict(zip(map(str, item.axes), given[name].shape, strict=True))
     return {
         item.name: np.asarray(given[item.name], _dtype(item)) if item.name in given else _drawn(item, lengths, random)
         for item in spec.inputs

@@ -4,7 +4,7 @@ Owns what PyTorch is asked; which cases there are is case_plan.py's, what is kep
 one seed, so that the same source gives the same file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from txopt.exporter.case_plan import Plan, plans
 from txopt.exporter.precision import in_float32
-from txopt.exporter.source import Facts, Forward, Source
-from txopt.runtime.cases import INPUT_HOLD, Case, draw_floats, lengths, log_sum_exp, sample
+from txopt.exporter.source import Facts, Forward, Memory, Source
+from txopt.runtime.cases import INPUT_HOLD, Case, draw_floats, log_sum_exp, sample
 from txopt.runtime.errors import SourceError
-from txopt.runtime.graphs import GLOBAL_MASK
+from txopt.runtime.graphs import GLOBAL_MASK, memory_name
 
 SEED = 20261123
 NEW_TOKENS = 12
@@ -42,7 +42,7 @@ def _record(source: Source, plan: Plan, generator: np.random.Generator) -> Case:
     }  # floats are float32, as the weights are now
     if facts.kind == "encoder":
         outputs = {key: value.numpy() for key, value in source.outputs(tensors).items()}
-        counts = _lengths(facts, inputs, 0)
+        counts = facts.lengths(inputs).seen("T", 0)
         expected = {key: _tagged(sample(key, value, counts), key, counts) for key, value in outputs.items()}
         return Case(name=plan.name, inputs=inputs, tokens=np.zeros((len(plan.rows), 0), np.int64), expected=expected)
     tokens = _ids(facts, facts.vocabulary, (len(plan.rows), sum(plan.schedule)), generator)
@@ -55,22 +55,24 @@ def _record(source: Source, plan: Plan, generator: np.random.Generator) -> Case:
 
 def _expected(facts: Facts, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
     logits = forward.logits.numpy()
-    counts = _lengths(facts, inputs, forward.memory.shape[1] if forward.memory is not None else 0)
-    expected = {"logits": sample("logits", logits, counts), "log_sum_exp": log_sum_exp(logits)}
-    if forward.memory is not None:
-        expected["memory"] = sample("memory", forward.memory.numpy(), counts)
+    expected = {"logits": sample("logits", logits, ()), "log_sum_exp": log_sum_exp(logits)}
+    lengths = facts.lengths(inputs)
+    for index, (memory, states) in enumerate(zip(facts.memories, forward.memories, strict=True)):
+        name = memory_name(index)
+        expected[name] = sample(name, states.numpy(), lengths.seen(_axis(memory, states.shape[1]), states.shape[1]))
     for kind, pairs in (("self", forward.self_kv), ("cross", forward.cross_kv)):
         for layer, pair in enumerate(pairs):
             for part, value in zip(("key", "value"), pair, strict=True):
                 name = f"{kind}_{part}.{layer}"
+                size = value.shape[2]
+                counts = lengths.seen(_axis(facts.cross_memory(layer), size), size) if kind == "cross" else ()
                 expected[name] = sample(name, value.numpy(), counts)
     return expected
 
 
-def _lengths(facts: Facts, inputs: Mapping[str, Any], size: int) -> list[int]:
-    """Unpadded source lengths: of tokens, or of the frames that samples become."""
-    counts = lengths(inputs.get("attention_mask"), len(next(iter(inputs.values()))), size)
-    return counts if facts.framing is None else [facts.framing.frames(count) for count in counts]
+def _axis(memory: Memory, size: int) -> str | int:
+    """The axis of a memory's length as the manifest says it: of a fixed length, the length itself."""
+    return size if memory.axis is None else memory.axis
 
 
 def _tagged(value: Any, name: str, counts: Sequence[int]) -> Any:
@@ -128,26 +130,46 @@ def _inputs(source: Source, rows: tuple[int, ...], generator: np.random.Generato
     facts = source.facts
     if facts.kind == "decoder":
         return _prompt(facts, rows, generator)
-    inputs: dict[str, Any] = {}
     if facts.framing is not None:  # rows are frames; float inputs are drawn in steps of INPUT_HOLD samples
         rows = tuple(-(-facts.framing.samples(row) // INPUT_HOLD) * INPUT_HOLD for row in rows)
-    mask = (np.arange(max(rows)) < np.array(rows)[:, None]).astype(np.int64)
+    inputs: dict[str, Any] = dict(_masks(facts, rows))
+    given = {axis: np.any([inputs[m] for m, a in facts.masks.items() if a == axis], 0) for axis in facts.masks.values()}
     for item in facts.inputs:
-        if item.name == "attention_mask":
-            inputs[item.name] = mask
+        if item.name in facts.masks:
+            continue
+        lengths = {axis: mask.shape[1] for axis, mask in given.items()}
+        shape = (
+            len(rows),
+            *(axis if isinstance(axis, int) else lengths.get(axis, max(rows)) for axis in item.axes[1:]),
+        )
+        seen = given.get(item.axes[1], np.ones(shape, np.bool_))
+        if item.dtype != "int64":
+            drawn = draw_floats(shape, generator)
+            inputs[item.name] = drawn * seen.astype(np.float32) if "N" in item.axes else drawn
         elif (
             item.name == GLOBAL_MASK
-        ):  # nothing in the first source, as generate() has it, and every third token in the others
-            marked = (np.arange(max(rows)) % 3 == 0) & (np.arange(len(rows)) > 0)[:, None]
-            inputs[item.name] = (mask * marked).astype(np.int64)
-        elif item.dtype == "int64":
-            ids = _ids(facts, facts.source_vocabulary, mask.shape, generator)
-            inputs[item.name] = np.where(mask == 1, ids, facts.generation.get("pad_token_id") or 0)
+        ):  # nothing in the first source, as generate() has it; every third token of the others
+            marked = (np.arange(shape[1]) % 3 == 0) & (np.arange(len(rows)) > 0)[:, None]
+            inputs[item.name] = (seen & marked).astype(np.int64)
         else:
-            shape = (len(rows), *(max(rows) if axis == "N" else int(axis) for axis in item.axes[1:]))
-            drawn = draw_floats(shape, generator)
-            inputs[item.name] = drawn * mask.astype(np.float32) if "N" in item.axes else drawn
-    return inputs
+            ids = _ids(facts, item.vocabulary or facts.source_vocabulary, shape, generator)
+            inputs[item.name] = np.where(seen, ids, facts.generation.get("pad_token_id") or 0)
+    return {item.name: inputs[item.name] for item in facts.inputs}
+
+
+def _masks(facts: Facts, rows: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Each mask with lengths of its own, so that none can stand for another: turned by one row, and longer by one place."""
+    masks = list(facts.masks.items())
+    counts = []
+    for index, (_, axis) in enumerate(masks):
+        limit, turn = axis if isinstance(axis, int) else facts.limit_of(axis), index % len(rows)
+        own = [length + index for length in (*rows[turn:], *rows[:turn])]
+        counts.append([length if limit is None else min(length, limit) for length in own])
+    for (name, axis), own in zip(masks, counts, strict=True):
+        width = (
+            axis if isinstance(axis, int) else max(max(c) for (_, a), c in zip(masks, counts, strict=True) if a == axis)
+        )
+        yield name, (np.arange(width) < np.array(own)[:, None]).astype(np.int64)
 
 
 def _prompt(facts: Facts, rows: tuple[int, ...], generator: np.random.Generator) -> dict[str, Any]:

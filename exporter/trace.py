@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -21,11 +21,12 @@ from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.plain import plain_modules
 from txopt.exporter.source import KV, Facts, Input, Source
+from txopt.runtime.cases import source_axis
 from txopt.runtime.errors import SourceError, TxoptError
-from txopt.runtime.graphs import MASK, CacheSpec, GraphSpec, TensorSpec
+from txopt.runtime.graphs import GLOBAL_MASK, MASKS, CacheSpec, GraphSpec, TensorSpec, memory_name
 
 # Example sizes of the trace: all different, none 0 or 1, which torch.export would freeze.
-EXAMPLE = {"B": 2, "R": 6, "Q": 3, "S": 11, "T": 7}
+EXAMPLE = {"B": 2, "R": 6, "Q": 3, "S": 11, "T": 7, "U": 5, "W": 9}
 
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int64: "int64"}
 
@@ -69,21 +70,25 @@ class _Decoder(nn.Module):
         self.source, self.module = source, source.traced  # registered, so that weights keep their names
 
     def forward(
-        self, tokens: Tensor, position: Tensor, mask: Tensor | None, self_kv: list[KV], cross_kv: list[KV]
+        self, tokens: Tensor, position: Tensor, masks: list[Tensor], self_kv: list[KV], cross_kv: list[KV]
     ) -> tuple[Tensor, list[KV]]:
-        return self.source.decode(tokens, position, mask, self_kv, cross_kv)
+        names = [item.name for item in _decoder_masks(self.source.facts)]
+        named = dict(zip(names, masks, strict=True))
+        by_memory = [None if memory.mask is None else named[memory.mask] for memory in self.source.facts.memories]
+        return self.source.decode(tokens, position, by_memory, self_kv, cross_kv)
 
 
 def trace(source: Source, dtype: torch.dtype) -> Trace:
     """The neutral graphs of ``source``, whose weights are ``dtype`` already (but for its FP32 islands)."""
     with torch.no_grad(), _quiet(), _Finite(), plain_modules():
         if source.facts.kind == "decoder":
-            return _trace_decoder(source, dtype, memory=None, cross=[])
+            return _trace_decoder(source, dtype, cross=[])
         examples = [example(item, dtype, source.facts) for item in source.facts.inputs]
         results = source.encode(*examples)
         names = source.facts.outputs if source.facts.kind == "encoder" else _names(source.facts, len(results))
         outputs = tuple(
-            _spec(name, value, _encoder_axes(source, name, value)) for name, value in zip(names, results, strict=True)
+            _spec(name, value, _encoder_axes(source.facts, name, value))
+            for name, value in zip(names, results, strict=True)
         )
         inputs = tuple(
             TensorSpec(name=i.name, dtype=NAMES[v.dtype], axes=i.axes)
@@ -93,8 +98,8 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
         graph = _export(_Encoder(source), tuple(examples), (_dynamic(inputs),), spec)
         if source.facts.kind == "encoder":
             return Trace(graphs={"encoder": graph}, specs={"encoder": spec}, cache=None)
-        cross = [value for name, value in zip(names, results, strict=True) if name.startswith("cross_")]
-        traced = _trace_decoder(source, dtype, memory=outputs, cross=cross)
+        cross = [pair for pair in zip(outputs, results, strict=True) if pair[0].name.startswith("cross_")]
+        traced = _trace_decoder(source, dtype, cross=cross)
         return Trace(
             graphs={"encoder": graph, **traced.graphs}, specs={"encoder": spec, **traced.specs}, cache=traced.cache
         )
@@ -102,37 +107,43 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
 
 def example(item: Input, dtype: torch.dtype, facts: Facts) -> Tensor:
     """An input of the trace: the example sizes, no longer than the model's positions."""
-    length = _source_length(facts)
-    sizes = {**EXAMPLE, "T": length, "N": length if facts.framing is None else facts.framing.samples(length)}
-    shape = [sizes[axis] if isinstance(axis, str) else axis for axis in item.axes]
+    shape = [axis if isinstance(axis, int) else _example_size(facts, axis) for axis in item.axes]
     if item.dtype == "int64":
         value = torch.ones(shape, dtype=torch.int64)
-        return value if item.name.endswith("attention_mask") else value * 2
+        return value if item.name in (*facts.masks, GLOBAL_MASK) else value * 2
     return torch.zeros(shape, dtype=dtype)
 
 
-def _source_length(facts: Facts) -> int:
-    return min(EXAMPLE["T"], facts.source_limit or EXAMPLE["T"])
+def _example_size(facts: Facts, axis: str) -> int:
+    if axis == "N" and facts.framing is not None:
+        return facts.framing.samples(_example_size(facts, "T"))
+    return min(EXAMPLE[axis], facts.limit_of(axis) or EXAMPLE[axis])
 
 
-def _trace_decoder(
-    source: Source, dtype: torch.dtype, memory: Sequence[TensorSpec] | None, cross: list[Tensor]
-) -> Trace:
-    layers, heads, size = source_cache_shape(source, cross)
-    pairs = [(k, v) for k, v in zip(cross[::2], cross[1::2], strict=True)]
+def _decoder_masks(facts: Facts) -> list[Input]:
+    """The masks that the decoder takes, each once, in the order of the memories; of frames where the encoder's are of samples."""
+    inputs = {item.name: item for item in facts.inputs}
+    found = [inputs[name] for name in dict.fromkeys(memory.mask for memory in facts.memories) if name is not None]
+    return found if facts.framing is None else [replace(item, axes=("B", "T")) for item in found]
+
+
+def _trace_decoder(source: Source, dtype: torch.dtype, cross: Sequence[tuple[TensorSpec, Tensor]]) -> Trace:
+    """``cross`` is what the encoder gives of the cross-attention cache: K, V of each cross-attention in turn."""
+    layers, heads, size = source_cache_shape(source)
+    values = [value for _, value in cross]
+    pairs = list(zip(values[::2], values[1::2], strict=True))
     buffer = torch.zeros(EXAMPLE["R"], heads, EXAMPLE["S"], size, dtype=dtype)
     self_kv = [(buffer.clone(), buffer.clone()) for _ in range(layers)]
     tokens = torch.full((EXAMPLE["R"], EXAMPLE["Q"]), 2, dtype=torch.int64)
     position = torch.full((EXAMPLE["R"],), 1, dtype=torch.int64)
-    padded = source.facts.padded and memory is not None
-    mask = torch.ones(EXAMPLE["B"], _source_length(source.facts), dtype=torch.int64) if padded else None
+    masks = _decoder_masks(source.facts)
+    named = {item.name: example(item, dtype, source.facts) for item in masks}
 
     specs = [_spec("input_ids", tokens, ("R", "Q")), _spec("position", position, ("R",))]
-    if mask is not None:
-        specs.append(_spec(MASK, mask, ("B", "T")))
+    specs += [_spec(f"{MASKS}{item.name}", named[item.name], item.axes) for item in masks]
     own = ("R", heads, "S", size)
     specs += [_spec(f"self_{kind}.{i}", buffer, own) for i in range(layers) for kind in ("key", "value")]
-    specs += [item for item in memory or () if item.name.startswith("cross_")]
+    specs += [spec for spec, _ in cross]
     outputs = [TensorSpec(name="logits", dtype="float32", axes=("R", "Q", source.facts.vocabulary))]
     outputs += [_spec(f"present_{kind}.{i}", buffer, own) for i in range(layers) for kind in ("key", "value")]
     spec = GraphSpec(file="decoder.onnx", inputs=tuple(specs), outputs=tuple(outputs))
@@ -141,16 +152,16 @@ def _trace_decoder(
     dims = [
         _dynamic(specs[:1])[0],
         _dynamic(specs[1:2])[0],
-        _dynamic([by_name[MASK]])[0] if padded else None,
+        list(_dynamic([by_name[f"{MASKS}{name}"] for name in named])),
         [_dynamic((by_name[f"self_key.{i}"], by_name[f"self_value.{i}"])) for i in range(layers)],
         [_dynamic((by_name[f"cross_key.{i}"], by_name[f"cross_value.{i}"])) for i in range(len(pairs))],
     ]
-    graph = _export(_Decoder(source), (tokens, position, mask, self_kv, pairs), tuple(dims), spec)
+    graph = _export(_Decoder(source), (tokens, position, list(named.values()), self_kv, pairs), tuple(dims), spec)
     cache = CacheSpec(layers=layers, heads=heads, head_size=size, dtype=NAMES[dtype], max_length=source.facts.limit)
     return Trace(graphs={"decoder": graph}, specs={"decoder": spec}, cache=cache)
 
 
-def source_cache_shape(source: Source, cross: Sequence[Tensor]) -> tuple[int, int, int]:
+def source_cache_shape(source: Source) -> tuple[int, int, int]:
     """(layers, heads, head size) of the self-attention cache, read off one real pass rather than off names in a configuration."""
     inputs = (
         {}
@@ -170,16 +181,23 @@ def source_cache_shape(source: Source, cross: Sequence[Tensor]) -> tuple[int, in
 
 def _names(facts: Facts, count: int) -> tuple[str, ...]:
     """What an encoder-decoder's encoder gives: see ``Source.encode``."""
-    cross = (f"cross_{kind}.{i}" for i in range((count - 1) // 2) for kind in ("key", "value"))
-    return ("memory", *cross, *([MASK] if facts.framing is not None and facts.padded else []))
+    memories = [memory_name(index) for index in range(len(facts.memories))]
+    masks = [f"{MASKS}{item.name}" for item in _decoder_masks(facts)] if facts.framing is not None else []
+    pairs = (count - len(memories) - len(masks)) // 2
+    return (*memories, *(f"cross_{kind}.{i}" for i in range(pairs) for kind in ("key", "value")), *masks)
 
 
-def _encoder_axes(source: Source, name: str, value: Tensor) -> tuple[str | int, ...]:
-    """The source length is a symbol where an input has one, else the number the model makes of its fixed input."""
-    length = "T" if any({"T", "N"} & set(item.axes) for item in source.facts.inputs) else None
-    where = {"memory": 1, MASK: 1, "logits": 1 if value.dim() == 3 else None}.get(
-        name, 2 if name.startswith("cross_") else None
-    )
+def _encoder_axes(facts: Facts, name: str, value: Tensor) -> tuple[str | int, ...]:
+    """The source length is a symbol where the inputs have one, else the number the model makes of its fixed input."""
+    kind, _, index = name.partition(".")
+    length: str | int | None
+    if facts.kind == "encoder":
+        length = "T" if value.dim() == 3 and any("T" in item.axes for item in facts.inputs) else None
+    elif kind in ("memory", "cross_key", "cross_value"):
+        length = (facts.memories[int(index or 0)] if kind == "memory" else facts.cross_memory(int(index))).axis
+    else:
+        return tuple(_decoder_masks(facts)[0].axes)
+    where = source_axis(name)
     return tuple(
         "B" if i == 0 else length if i == where and length is not None else int(size)
         for i, size in enumerate(value.shape)

@@ -54,10 +54,11 @@ class Case:
 def sample(name: str, value: Array, lengths: Sequence[int]) -> Array:
     """The part of a tensor that is kept, float32.
 
-    Source-long tensors (memory, cross K/V) keep POSITIONS places of each row's unpadded part, self K/V [B,H,L,D] the first and the
-    last place, logits [B,L,V] the places of ``columns``; everything else is kept whole.
+    Source-long tensors (memories, cross K/V) keep POSITIONS places of each row's unpadded part, whose ``lengths`` are those of the
+    source that they are about; self K/V [B,H,L,D] the first and the last place, logits [B,L,V] the places of ``columns``; everything
+    else is kept whole.
     """
-    if name == "memory":
+    if name.partition(".")[0] == "memory":
         kept = np.stack([row[places(length)] for row, length in zip(value, lengths, strict=True)])
     elif name.startswith("cross_"):
         kept = np.stack([row[:, places(length, 2)] for row, length in zip(value, lengths, strict=True)])
@@ -70,14 +71,43 @@ def sample(name: str, value: Array, lengths: Sequence[int]) -> Array:
     return np.ascontiguousarray(kept, np.float32)
 
 
+def source_axis(name: str) -> int:
+    """Which axis of a source-long tensor is the source's: memory [B,T,M], logits of tokens [B,T,labels], cross K/V [B,H,T,D]."""
+    return 2 if name.startswith("cross_") else 1
+
+
 def places(length: int, count: int = POSITIONS) -> NDArray[np.int64]:
     """``count`` places from the first to the last of ``length``; repeated where there are fewer."""
     return np.linspace(0, length - 1, count).round().astype(np.int64)
 
 
-def lengths(mask: Array | None, batch: int, size: int) -> list[int]:
-    """Unpadded source lengths of a case's rows, as ``mask`` [B,T] says; ``size`` where nothing is padded."""
-    return [size] * batch if mask is None else [int(n) for n in mask.sum(1)]
+Axis = str | int
+
+
+class Lengths:
+    """How long the sources of a case's rows are, by axis (docs/format.md, "The alphabet of axes").
+
+    Args:
+        inputs: the case's.
+        masks: those of its inputs that are masks, right-padded, and the axis that each is about.
+    """
+
+    def __init__(self, inputs: Mapping[str, Array], masks: Mapping[str, Axis]) -> None:
+        self._batch = len(next(iter(inputs.values())))
+        self._counts: dict[Axis, list[list[int]]] = {}
+        for name, axis in masks.items():
+            self._counts.setdefault(axis, []).append([int(count) for count in inputs[name].sum(1)])
+
+    def seen(self, axis: Axis, size: int) -> list[int]:
+        """[B], how many places along ``axis`` every mask of that axis lets through; ``size`` where there is none."""
+        return [min(row) for row in self._rows(axis, size)]
+
+    def given(self, axis: Axis, size: int) -> list[int]:
+        """[B], how many places along ``axis`` some mask lets through: the rest is padding; ``size`` where there is none."""
+        return [max(row) for row in self._rows(axis, size)]
+
+    def _rows(self, axis: Axis, size: int) -> list[tuple[int, ...]]:
+        return list(zip(*self._counts.get(axis, [[size] * self._batch]), strict=True))
 
 
 def log_sum_exp(logits: Array) -> NDArray[np.float32]:

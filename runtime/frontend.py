@@ -108,6 +108,13 @@ def _is_marks(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_text, value))
 
 
+def _is_bound(value: object) -> bool:
+    known = {"vocabulary", "positions"}
+    return (
+        isinstance(value, dict) and set(value) <= known and all(v is None or _is_integer(v, 1) for v in value.values())
+    )
+
+
 def _is_labels(value: object) -> bool:
     return isinstance(value, dict) and all(_is_text(value.get(str(index))) for index in range(len(value)))
 
@@ -140,6 +147,7 @@ COMMON: dict[str, Rule] = {
     "source_positions": _or_null(_integer(1)),
     "least_samples": _or_null(_integer(1)),
     "most_samples": _or_null(_integer(1)),
+    "bounds": _map("an object of vocabulary and positions, integers of at least 1 or null, by input", _is_bound),
     "labels": Rule(expected='an object of names, "0" and on without gaps', holds=_is_labels),
     "scores": _one_of(*SCORES),
 }

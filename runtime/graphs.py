@@ -3,7 +3,7 @@
 Owns the alphabet of axes and the names of inputs and outputs (docs/format.md, "Graphs"). It reads no ONNX file: it
 judges what a manifest says of the graphs.
 
-    B sources   R rows, B times beams   Q query length   S self-cache length   T source length
+    B sources   R rows, B times beams   Q query length   S self-cache length   T, U, W source lengths
     H heads     D head size             M memory width   V vocabulary          N samples of sound
 """
 
@@ -14,14 +14,15 @@ from typing import Any
 
 from txopt.runtime.strict_json import Fields, show
 
-AXES = ("B", "R", "Q", "S", "T", "N")  # the lengths that vary; H, D, M and V are numbers in every graph
+SOURCE_AXES = ("T", "U", "W")  # most models read one length; more where memories differ in length
+AXES = ("B", "R", "Q", "S", *SOURCE_AXES, "N")  # the lengths that vary; H, D, M and V are numbers in every graph
+# Before the encoder's name of a mask that the decoder reads too. Where the encoder itself gives an output of that name, that is it.
+MASKS = "encoder_"
 DTYPES = ("float32", "float16", "bfloat16", "int64", "bool")
 FLOATS = DTYPES[:3]
 Axes = tuple[str | int, ...]
-MASK = "encoder_attention_mask"  # int64 [B,T], of the decoder's inputs; of the encoder's outputs where its own mask is longer
-GLOBAL_MASK = (
-    "global_attention_mask"  # int64 [B,T], of encoders that attend to windows: 1 where a token is seen and sees beyond
-)
+# int64 [B,T], of encoders that attend to windows: 1 where a token is seen from everywhere and sees everything
+GLOBAL_MASK = "global_attention_mask"
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9._/:-]{1,200}", re.ASCII)
 
 
@@ -107,6 +108,37 @@ class CacheSpec:
         return tuple(TensorSpec(name=name, dtype=self.dtype, axes=axes) for name in names)
 
 
+def memory_name(index: int) -> str:
+    """The encoder's output of this memory; a decoder that reads several has one output for each."""
+    return f"memory.{index}" if index else "memory"
+
+
+def source_masks(graphs: Mapping[str, GraphSpec]) -> dict[str, str | int]:
+    """The encoder's inputs that say where a source has tokens, and the length that each is about."""
+    read = {"attention_mask"} | {item.name.removeprefix(MASKS) for item in _masks(graphs.get("decoder"))}
+    inputs = graphs["encoder"].inputs if "encoder" in graphs else ()
+    return {item.name: item.axes[1] for item in inputs if item.name in read and len(item.axes) == 2}
+
+
+def frame_masks(graphs: Mapping[str, GraphSpec]) -> dict[str, str | int]:
+    """The encoder's outputs that say where a source has frames, where it makes these of samples, and the length that each is about."""
+    outputs = graphs["encoder"].outputs if "encoder" in graphs else ()
+    return {out.name: out.axes[1] for out in outputs if out.name.startswith(MASKS) and len(out.axes) == 2}
+
+
+def format_needed(graphs: Mapping[str, GraphSpec]) -> int:
+    """The oldest version of the format that has what ``graphs`` use: 2 for several memories, samples, masks of other names."""
+    tensors = [tensor for graph in graphs.values() for tensor in (*graph.inputs, *graph.outputs)]
+    lengths = {axis for tensor in tensors for axis in tensor.axes} & {*SOURCE_AXES[1:], "N"}
+    memories = any(tensor.name.startswith("memory.") for tensor in tensors)
+    masks = any(mask.name != f"{MASKS}attention_mask" for mask in _masks(graphs.get("decoder")))
+    return 2 if lengths or memories or masks else 1
+
+
+def _masks(decoder: GraphSpec | None) -> list[TensorSpec]:
+    return [] if decoder is None else [item for item in decoder.inputs if item.name.startswith(MASKS)]
+
+
 def graph_problems(graphs: Mapping[str, GraphSpec], cache: CacheSpec | None) -> list[str]:
     """Where the graphs ("encoder", "decoder", or one of them) break the contract; ``cache`` is the decoder's."""
     problems = [problem for name, graph in graphs.items() for problem in _of_any_graph(name, graph)]
@@ -122,7 +154,7 @@ def graph_problems(graphs: Mapping[str, GraphSpec], cache: CacheSpec | None) -> 
     if "encoder" in graphs:
         cross = tuple(out for out in graphs["encoder"].outputs if out.name.startswith("cross_"))
         problems += _of_encoder(graphs["encoder"], cross)
-    return problems + list(_of_decoder(graphs["decoder"], cache, cross))
+    return problems + list(_of_masks(graphs)) + list(_of_decoder(graphs["decoder"], cache, cross))
 
 
 def _of_any_graph(name: str, graph: GraphSpec) -> Iterator[str]:
@@ -137,17 +169,36 @@ def _of_any_graph(name: str, graph: GraphSpec) -> Iterator[str]:
 
 
 def _of_encoder(encoder: GraphSpec, cross: tuple[TensorSpec, ...]) -> Iterator[str]:
-    memory = next((out for out in encoder.outputs if out.name == "memory"), None)
-    if memory is None or len(memory.axes) != 3 or memory.axes[0] != "B" or memory.dtype not in FLOATS:
-        yield f"graphs.encoder.outputs: expected memory [B,T,M] of a float type, found {memory or 'none'}"
+    found = [out for out in encoder.outputs if out.name == "memory" or out.name.startswith("memory.")]
+    memories = {out.name: out for out in found}
+    for name in (memory_name(index) for index in range(max(1, len(found)))):
+        memory = memories.get(name)
+        if memory is None or len(memory.axes) != 3 or memory.axes[0] != "B" or memory.dtype not in FLOATS:
+            yield f"graphs.encoder.outputs: expected {name} [B,T,M] of a float type, found {memory or 'none'}"
     pairs = (f"cross_{part}.{layer}" for layer in range(len(cross) // 2) for part in ("key", "value"))
     if not cross or {out.name for out in cross} != set(pairs):
-        found = ", ".join(show(out.name) for out in cross[:8]) or "none"
-        yield f"graphs.encoder.outputs: expected cross_key.i and cross_value.i for i from 0, found {found}"
+        named = ", ".join(show(out.name) for out in cross[:8]) or "none"
+        yield f"graphs.encoder.outputs: expected cross_key.i and cross_value.i for i from 0, found {named}"
     for out in cross:
         fixed = [axis for axis in out.axes[1::2] if isinstance(axis, int)]
         if len(out.axes) != 4 or out.axes[0] != "B" or len(fixed) != 2 or out.dtype not in FLOATS:
             yield f"graphs.encoder.outputs: expected {show(out.name)} [B,H,T,D] of a float type, found {out}"
+
+
+def _of_masks(graphs: Mapping[str, GraphSpec]) -> Iterator[str]:
+    """A mask is an input of both graphs, or goes from one to the other, so that a session can hand it on."""
+    encoder = graphs.get("encoder")
+    given = {} if encoder is None else {f"{MASKS}{item.name}": item for item in encoder.inputs}
+    made = {} if encoder is None else {out.name: out for out in encoder.outputs if out.name.startswith(MASKS)}
+    for mask in _masks(graphs["decoder"]):
+        known = made.get(mask.name) or given.get(mask.name)
+        if known is None:
+            name = show(mask.name.removeprefix(MASKS))
+            yield f"graphs.decoder.inputs: expected {show(mask.name)} beside an encoder's input {name}, found no such input"
+        elif mask.dtype != "int64" or len(mask.axes) != 2 or mask.axes[0] != "B" or known.axes != mask.axes:
+            axes = ",".join(map(str, known.axes)) if known.dtype == "int64" and len(known.axes) == 2 else "B,T"
+            how = "gives" if mask.name in made else "reads"
+            yield f"graphs.decoder.inputs: expected {mask.name} int64 [{axes}], as the encoder {how} it, found {mask}"
 
 
 def _of_decoder(decoder: GraphSpec, cache: CacheSpec, cross: tuple[TensorSpec, ...]) -> Iterator[str]:
@@ -155,9 +206,8 @@ def _of_decoder(decoder: GraphSpec, cache: CacheSpec, cross: tuple[TensorSpec, .
     if 2 * cache.layers > len(inputs):  # before anything is built of that many layers
         yield f"graphs.decoder.inputs: expected buffers of {cache.layers} layers, found {len(inputs)} inputs in all"
         return
-    mask = inputs.pop("encoder_attention_mask", None)
-    if mask is not None and not (cross and mask.dtype == "int64" and mask.axes[:1] == ("B",) and len(mask.axes) == 2):
-        yield f"graphs.decoder.inputs: expected encoder_attention_mask int64 [B,T], beside an encoder, found {mask}"
+    for mask in _masks(decoder):  # judged by _of_masks
+        inputs.pop(mask.name, None)
     needed = (
         TensorSpec(name="input_ids", dtype="int64", axes=("R", "Q")),
         TensorSpec(name="position", dtype="int64", axes=("R",)),

@@ -3,37 +3,47 @@
 Owns names, dtypes, shapes, and the ids and lengths that the model knows. It knows neither the engine nor what ids mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from txopt.runtime.arrays import Array, as_array
 from txopt.runtime.errors import InputError, explain
-from txopt.runtime.graphs import GLOBAL_MASK, GraphSpec, TensorSpec
+from txopt.runtime.graphs import GLOBAL_MASK, Axes, GraphSpec, TensorSpec
 
-_MASKED = {"input_ids", "input_values"}  # what an attention_mask may be left out for: nothing is padded then
+
+@dataclass(frozen=True)
+class Bound:
+    """What the model's tables hold: ids are below ``vocabulary``, and an input has at most ``positions`` columns, padding included.
+
+    None: no bound, or the manifest does not say.
+    """
+
+    vocabulary: int | None = None
+    positions: int | None = None
 
 
 def check_inputs(
     spec: GraphSpec,
     inputs: Mapping[str, Any],
     *,
-    vocabulary: int | None = None,
-    positions: int | None = None,
+    masks: Collection[str] = ("attention_mask",),
+    bounds: Mapping[str, Bound] | None = None,
     samples: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, Array]:
     """The graph's feeds, in its dtypes; every problem with ``inputs`` in one InputError.
 
     Args:
         spec: the encoder's; what varies in its inputs' axes agrees within a call.
-        inputs: arrays, or what becomes one, by name; a missing attention_mask means no padding, a missing
-            global_attention_mask no token of global attention.
-        vocabulary: input_ids are below it; None: the manifest does not say.
-        positions: the most columns that input_ids may have, padding included; None: no bound, or the manifest is silent.
-        samples: the fewest samples that each row of input_values may have, and the most columns of it; None: as above.
+        inputs: arrays, or what becomes one, by name; a missing global_attention_mask means no token of global attention.
+        masks: the inputs that may be missing, which means no padding.
+        bounds: by input.
+        samples: the fewest samples that each row of input_values may have, and the most columns of it; None: no bound.
     """
     known = {item.name: item for item in spec.inputs}
+    fills = {**dict.fromkeys(masks, 1), GLOBAL_MASK: 0}
     problems = [f"{name}: unknown; expected {', '.join(known)}" for name in inputs if name not in known]
     given: dict[str, Array] = {}
     for name in known:
@@ -42,20 +52,20 @@ def check_inputs(
                 given[name] = np.ascontiguousarray(as_array(name, value))
             except InputError as err:
                 problems.append(str(err))
-        elif name == "attention_mask" and (masked := _MASKED & given.keys()):
-            given[name] = np.ones(given[masked.pop()].shape, np.int64)
-        elif name == GLOBAL_MASK and "input_ids" in given:
-            given[name] = np.zeros(given["input_ids"].shape, np.int64)
-        elif name not in ("attention_mask", GLOBAL_MASK) or all(
-            inputs.get(each) is None for each in _MASKED
-        ):  # else these are the problem
-            problems.append(f"{name}: missing; expected {known[name].dtype} {axes_of(known[name])}")
+        elif name not in fills:
+            problems.append(f"{name}: missing; expected {known[name].dtype} {axes_of(known[name].axes)}")
     sizes: dict[str, int] = {}
     for name, found in given.items():
         misfits = _misfits(known[name], found, sizes)
-        if name == "input_ids" and not misfits:
-            misfits = _beyond(found, vocabulary, positions)
+        if bounds and name in bounds and not misfits:
+            misfits = _beyond(name, found, bounds[name])
         problems += misfits
+    for name in [name for name in known if name in fills and inputs.get(name) is None]:
+        shape = [axis if isinstance(axis, int) else sizes.get(axis, 0) for axis in known[name].axes]
+        if all(shape):
+            given[name] = np.full(shape, fills[name], np.int64)
+        elif not any(set(known[name].axes[1:]) & set(known[other].axes) for other in known.keys() & inputs.keys()):
+            problems.append(f"{name}: missing; expected {known[name].dtype} {axes_of(known[name].axes)}")
     if not problems and "input_values" in given:
         problems = _unheard(given["input_values"], given.get("attention_mask"), *samples)
     if problems:
@@ -63,12 +73,12 @@ def check_inputs(
     return {name: value.astype(_dtype(known[name]), copy=False) for name, value in given.items()}
 
 
-def axes_of(item: TensorSpec) -> str:
-    return "[" + ",".join(map(str, item.axes)) + "]"
+def axes_of(axes: Axes) -> str:
+    return "[" + ",".join(map(str, axes)) + "]"
 
 
 def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]:
-    found = f"{item.name}: expected {item.dtype} {axes_of(item)}, got {value.dtype} {list(value.shape)}"
+    found = f"{item.name}: expected {item.dtype} {axes_of(item.axes)}, got {value.dtype} {list(value.shape)}"
     integral = item.dtype.startswith("int")
     if integral and value.size and value.dtype.kind in "iu" and value.min() < 0:
         return [f"{item.name}: expected ids and masks of at least 0, got {value.min()}"]
@@ -85,16 +95,16 @@ def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]
     return []
 
 
-def _beyond(ids: Array, vocabulary: int | None, positions: int | None) -> list[str]:
-    """Where sources [B,T] leave the tables of words and positions, which the engine would read beyond their ends."""
+def _beyond(name: str, value: Array, bound: Bound) -> list[str]:
+    """Where sources [B,T] or [B,T,...] leave the tables of words and positions, which the engine would read beyond their ends."""
     problems = []
-    if vocabulary is not None and (largest := int(ids.max())) >= vocabulary:
+    if bound.vocabulary is not None and (largest := int(value.max())) >= bound.vocabulary:
         problems.append(
-            f"input_ids: expected ids of this model's source vocabulary, 0 to {vocabulary - 1}, got {largest}"
+            f"{name}: expected ids of this model's source vocabulary, 0 to {bound.vocabulary - 1}, got {largest}"
         )
-    if positions is not None and (width := ids.shape[-1]) > positions:
+    if bound.positions is not None and (width := value.shape[1]) > bound.positions:
         problems.append(
-            f"input_ids: expected sources of at most {positions} tokens, padding included: the model knows as many "
+            f"{name}: expected sources of at most {bound.positions} tokens, padding included: the model knows as many "
             f"positions; got {width}; shorten them"
         )
     return problems

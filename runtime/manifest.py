@@ -12,12 +12,12 @@ from typing import Any
 from txopt.runtime import files as artifact_files
 from txopt.runtime.errors import ArtifactError, explain
 from txopt.runtime.frontend import TOKENIZERS, frontend_problems, label_problems
-from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec, graph_problems
+from txopt.runtime.graphs import CacheSpec, GraphSpec, TensorSpec, format_needed, graph_problems
 from txopt.runtime.strict_json import Fields, canonical, limited, show, value_problems
 
-__all__ = ["FORMAT", "CacheSpec", "FileEntry", "GraphSpec", "Manifest", "TensorSpec"]
+__all__ = ["FORMATS", "CacheSpec", "FileEntry", "GraphSpec", "Manifest", "TensorSpec"]
 
-FORMAT = 1
+FORMATS = (1, 2)  # the versions that are read; each artifact is of the oldest that has what it uses
 KINDS = {"encoder-decoder": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",)}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TARGETS = ("cpu", "cuda", "tensorrt")
@@ -42,7 +42,7 @@ class Manifest:
     values and belong to whoever writes and reads them. ``files`` may be empty until ``ArtifactWriter.commit`` fills it.
     """
 
-    format: int = FORMAT
+    format: int = FORMATS[0]
     kind: str
     task: str
     family: str
@@ -119,6 +119,7 @@ def read_manifest(document: object, problems: list[str]) -> Manifest:
     }
     cache = None if top.get("cache") is None else CacheSpec.from_json(top.get("cache"), "cache", problems)
     manifest = Manifest(
+        format=top.count("format", FORMATS[0]),
         kind=top.choice("kind", KINDS),
         task=top.text("task"),
         family=top.text("family"),
@@ -147,14 +148,15 @@ def check_version(document: object) -> None:
     """Refuse another format version before any of its keys is judged.
 
     Raises:
-        ArtifactError: ``format`` is not FORMAT.
+        ArtifactError: ``format`` is none of FORMATS.
     """
     version = document.get("format") if isinstance(document, dict) else None
-    if type(version) is not int or version < 1:
-        raise ArtifactError(f"manifest.json: expected format {FORMAT}, found {show(version)}: not an artifact of txopt")
-    if version > FORMAT:
+    known = " or ".join(map(str, FORMATS))
+    if type(version) is not int or version < FORMATS[0]:
+        raise ArtifactError(f"manifest.json: expected format {known}, found {show(version)}: not an artifact of txopt")
+    if version > FORMATS[-1]:
         raise ArtifactError(
-            f"manifest.json: expected format {FORMAT}, found {show(version)}: written by a newer txopt; "
+            f"manifest.json: expected format {known}, found {show(version)}: written by a newer txopt; "
             "upgrade txopt, or export again with this one"
         )
 
@@ -186,6 +188,10 @@ def _contradictions(manifest: Manifest) -> list[str]:
     if (manifest.cache is not None) != ("decoder" in expected):
         return [f"cache: expected {'a cache' if manifest.cache is None else 'null'} for kind {manifest.kind!r}"]
     problems = graph_problems(manifest.graphs, manifest.cache)
+    if manifest.format != (version := format_needed(manifest.graphs)):
+        problems.append(
+            f"format: expected {version}, the oldest that has what these graphs use, found {manifest.format}"
+        )
     if manifest.kind == "encoder":
         for out in manifest.graphs["encoder"].outputs:
             if out.name == "logits" and out.axes and isinstance(classes := out.axes[-1], int):

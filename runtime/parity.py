@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.cases import Case, lengths, load, log_sum_exp, sample
+from txopt.runtime.cases import Case, Lengths, load, log_sum_exp, sample, source_axis
 from txopt.runtime.errors import ParityError, TxoptError, explain
+from txopt.runtime.graphs import frame_masks, source_masks
 from txopt.runtime.model import Model
 from txopt.runtime.options import GenerationOptions
 
@@ -176,16 +177,16 @@ def reference_of(source: Mapping[str, Any]) -> str:
 
 def _forced(model: Model, case: Case, tolerance: float) -> Iterator[Deviation]:
     """Teacher forcing along the case's schedule; what each layer wrote, then the logits, step by step."""
-    got, counts = _answers(model, case)
+    got = _answers(model, case)
     for name, expected in case.expected.items():
-        actual = got[name] if name == "log_sum_exp" else sample(name, got[name], counts)
+        actual = got[name] if name == "log_sum_exp" else sample(name, got[name], _counts(model, case, got, name))
         yield from _compare(case, name, expected, actual, tolerance)
 
 
 def _compare(case: Case, name: str, expected: Array, actual: Array, tolerance: float) -> Iterator[Deviation]:
     scale = max(1.0, float(np.abs(expected).max()))
     error = np.abs(actual.astype(np.float64) - expected) / scale
-    kind, _, layer = name.partition(".")
+    kind, _, layer = (name, "", "") if name.startswith("memory") else name.partition(".")
     number = int(layer) if layer else None
     if name in ("logits", "log_sum_exp") and case.schedule:
         by_step = error.reshape(*error.shape[:2], -1).max((0, 2))
@@ -202,29 +203,36 @@ def _compare(case: Case, name: str, expected: Array, actual: Array, tolerance: f
 
 def _order(deviation: Deviation) -> tuple[int, int, int]:
     """In the order of computation: the source first, then step by step, layer by layer, the logits last."""
-    place = {"memory": 0, "cross_key": 1, "cross_value": 1}.get(deviation.tensor, 2)
+    place = {"memory": 0, "cross_key": 1, "cross_value": 1}.get(deviation.tensor.partition(".")[0], 2)
     layer = deviation.layer if deviation.layer is not None else 1 << 30 if place else 0
     return place, deviation.step or 0, layer
 
 
-def _answers(model: Model, case: Case) -> tuple[dict[str, Array], list[int]]:
-    """Everything the artifact says to a case, by tensor name, and the rows' source lengths."""
+def _counts(model: Model, case: Case, got: Mapping[str, Array], name: str) -> list[int]:
+    """How many places of each row of a source-long tensor are no padding; empty where a tensor is no encoder's."""
+    graphs, where = model.manifest.graphs, source_axis(name)
+    axes = next((out.axes for out in graphs["encoder"].outputs if out.name == name), ()) if "encoder" in graphs else ()
+    if where >= len(axes):
+        return []
+    lengths = Lengths({**case.inputs, **got}, source_masks(graphs) | frame_masks(graphs))
+    return lengths.seen(axes[where], got[name].shape[where])
+
+
+def _answers(model: Model, case: Case) -> dict[str, Array]:
+    """Everything the artifact says to a case, by tensor name."""
     session = model.session
     if model.manifest.kind == "decoder":
-        encoded, got, size = None, {}, 0
-        mask = case.inputs.get("attention_mask")
+        encoded, got = None, {}
     else:
         encoded = session.encode(case.inputs)
         got = {name: session.array(value) for name, value in encoded.values.items()}
-        size = got["memory"].shape[1] if "memory" in got else 0
-        mask = encoded.mask
-    counts = lengths(mask, len(next(iter(case.inputs.values()))), size)
     if model.manifest.kind == "encoder":
         if "logits" in got and got["logits"].ndim == 3:
+            counts = _counts(model, case, got, "logits")
             got["logits"] = got["logits"].copy()
             for row, count in zip(got["logits"], counts, strict=True):
                 row[count:] = 0
-        return got, counts
+        return got
     decoder = session.decoder(encoded, batch=len(case.tokens))
     logits, start = [], 0
     for queries in case.schedule:
@@ -233,7 +241,7 @@ def _answers(model: Model, case: Case) -> tuple[dict[str, Array], list[int]]:
     got["logits"] = np.concatenate(logits, axis=1)
     got["log_sum_exp"] = log_sum_exp(got["logits"])
     got |= {name: decoder.cached(name) for name in decoder.names}
-    return got, counts
+    return got
 
 
 def _searched(
@@ -304,40 +312,44 @@ def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
     if padded is None or model.manifest.kind == "decoder":
         return found
     name = "logits" if "logits" in padded.expected else "embedding"
-    together = _answers(model, padded)[0]
+    together = _answers(model, padded)
     worst = 0.0
     for row in range(len(padded.tokens)):
         alone = Case(
             name="alone",
-            inputs=_trimmed({key: value[row : row + 1] for key, value in padded.inputs.items()}),
+            inputs=_trimmed(model, padded, row),
             tokens=padded.tokens[row : row + 1],
             schedule=padded.schedule,
         )
-        mine = _answers(model, alone)[0][name][0]
+        mine = _answers(model, alone)[name][0]
         theirs = together[name][row]
         shape = tuple(slice(size) for size in mine.shape)
         worst = max(worst, float(np.abs(mine - theirs[shape]).max()))
-    found["padding" if "attention_mask" in padded.inputs else "batch"] = worst
-    if "attention_mask" in padded.inputs:
+    masked = bool(source_masks(model.manifest.graphs))
+    found["padding" if masked else "batch"] = worst
+    if masked:
         found["batch"] = _batched(model, cases[0], name)
     return found
 
 
 def _batched(model: Model, case: Case, name: str) -> float:
     """A case alone against three copies of it in one batch."""
-    alone = _answers(model, case)[0][name]
+    alone = _answers(model, case)[name]
     copies = Case(
         name="copies",
         inputs={key: np.repeat(value, 3, axis=0) for key, value in case.inputs.items()},
         tokens=np.repeat(case.tokens, 3, axis=0),
         schedule=case.schedule,
     )
-    return float(np.abs(_answers(model, copies)[0][name] - alone).max())
+    return float(np.abs(_answers(model, copies)[name] - alone).max())
 
 
-def _trimmed(inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Inputs of one row without its padding."""
-    if "attention_mask" not in inputs:
-        return dict(inputs)
-    count = int(inputs["attention_mask"].sum())
-    return {key: value[:, :count] for key, value in inputs.items()}
+def _trimmed(model: Model, case: Case, row: int) -> dict[str, Array]:
+    """The inputs of one row without its padding."""
+    lengths, trimmed = Lengths(case.inputs, source_masks(model.manifest.graphs)), {}
+    for item in model.manifest.graphs["encoder"].inputs:
+        value = case.inputs[item.name]
+        sizes = list(zip(item.axes[1:], value.shape[1:], strict=True))
+        cut = [size if isinstance(axis, int) else lengths.given(axis, size)[row] for axis, size in sizes]
+        trimmed[item.name] = value[(slice(row, row + 1), *map(slice, cut))]
+    return trimmed

@@ -1,8 +1,9 @@
 """The two graphs of an artifact, opened: ``encode`` once, then a ``RowDecoder`` over preallocated KV buffers.
 
 Owns the buffers: they are written in place by the graph, grow geometrically and are bound as input and output at one address.
-It knows neither tokens' meaning nor how the next one is chosen. Axes: B sources, R rows (B times the number of beams), Q query
-tokens, S self-cache length, T source length, V vocabulary.
+It knows neither tokens' meaning nor how the next one is chosen, nor how many memories there are: what a decoder reads of its encoder
+goes by name. Axes: B sources, R rows (B times the number of beams), Q query tokens, S self-cache length, T (or U, W) source length,
+V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
 from txopt.runtime.counts import allocating, count
 from txopt.runtime.errors import ArtifactError, InputError, UsageError, explain
-from txopt.runtime.graphs import MASK, Axes, CacheSpec, GraphSpec
-from txopt.runtime.inputs import axes_of, check_inputs
+from txopt.runtime.graphs import MASKS, Axes, CacheSpec, GraphSpec, source_masks
+from txopt.runtime.inputs import Bound, axes_of, check_inputs
 from txopt.runtime.opened import mismatches
 from txopt.runtime.strict_json import limited
 
@@ -31,11 +32,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoder's results, where the engine left them; ``values`` by output name, ``mask`` int64 [B,T] or None."""
+    """The encoder's results, where the engine left them, by output name; ``masks`` int64 [B,T] by input name."""
 
     batch: int
     values: dict[str, Any]
-    mask: Ids | None
+    masks: dict[str, Ids]
 
 
 class Session:
@@ -67,12 +68,19 @@ class Session:
                 "swapped?); export it again:"
             )
             raise ArtifactError(explain(title, limited(problems)))
+        self._masks = source_masks(self.manifest.graphs)
+        frontend = self.manifest.frontend
+        self._bounds = {
+            "input_ids": Bound(frontend.get("source_vocabulary"), frontend.get("source_positions")),
+            **{name: Bound(**bound) for name, bound in frontend.get("bounds", {}).items()},
+        }
+        self._samples = frontend.get("least_samples"), frontend.get("most_samples")
 
     def array(self, value: Any) -> Array:
         return next(iter(self._runners.values())).array(value)
 
     def encode(self, inputs: Mapping[str, Any]) -> Encoded:
-        """Runs the encoder; ``inputs`` by name, a missing attention_mask means no padding.
+        """Runs the encoder; ``inputs`` by name, a missing mask means no padding.
 
         Errors:
             InputError: unknown, missing or ill-shaped inputs, ids that the model does not know, and sources longer than
@@ -81,17 +89,13 @@ class Session:
         runner = self._runners.get("encoder")
         if runner is None:
             raise UsageError(f"this artifact ({self.manifest.kind}) has no encoder")
-        frontend = self.manifest.frontend
         feeds = check_inputs(
-            self.manifest.graphs["encoder"],
-            inputs,
-            vocabulary=frontend.get("source_vocabulary"),
-            positions=frontend.get("source_positions"),
-            samples=(frontend.get("least_samples"), frontend.get("most_samples")),
+            self.manifest.graphs["encoder"], inputs, masks=self._masks, bounds=self._bounds, samples=self._samples
         )
         values = runner.run(feeds)
-        mask = runner.array(values[MASK]) if MASK in values else feeds.get("attention_mask")
-        return Encoded(len(next(iter(feeds.values()))), values, mask)
+        made = {name: values.get(f"{MASKS}{name}") for name in self._masks}
+        masks = {name: feeds[name] if mask is None else runner.array(mask) for name, mask in made.items()}
+        return Encoded(len(next(iter(feeds.values()))), values, masks)
 
     def decoder(self, encoded: Encoded | None, *, beams: int = 1, batch: int = 1) -> "RowDecoder":
         """A decoder of batch times ``beams`` rows; the batch is the encoded sources' where there are any.
@@ -284,12 +288,15 @@ def _sources(runner: Runner, spec: GraphSpec, encoded: Encoded) -> dict[str, Any
     for name in wanted.keys() & found.keys():
         dtype, shape = runner.describe(found[name])
         if dtype != wanted[name].dtype or not _fits(wanted[name].axes, shape, sizes):
-            problems.append(f"{name}: expected {wanted[name].dtype} {axes_of(wanted[name])}, got {dtype} {list(shape)}")
-    if any(item.name == MASK for item in spec.inputs):
-        if encoded.mask is None or not _fits(("B", "T"), encoded.mask.shape, sizes):
-            problems.append(f"{MASK}: expected the mask that encode() read, int64 [B,T]")
+            problems.append(
+                f"{name}: expected {wanted[name].dtype} {axes_of(wanted[name].axes)}, got {dtype} {list(shape)}"
+            )
+    for item in (item for item in spec.inputs if item.name.startswith(MASKS)):
+        mask = encoded.masks.get(item.name.removeprefix(MASKS))
+        if mask is None or not _fits(item.axes, mask.shape, sizes):
+            problems.append(f"{item.name}: expected the mask that encode() read, int64 {axes_of(item.axes)}")
         else:
-            found[MASK] = runner.tensor(encoded.mask)
+            found[item.name] = runner.tensor(mask)
     if problems:
         title = "these encoded sources are not this model's; expected what its own encode() gave:"
         raise InputError(explain(title, sorted(problems)))

@@ -336,7 +336,7 @@ BAD: dict[type[Learned], str] = {
     PaddedStart: "relates positions to each other outside of an attention",
     SourceAdded: "joins the source and the target outside of an attention",
     SourceUnmasked: "expected cross-attention to mask the source's padding and nothing else",
-    TwoMemories: "encode() must return one memory [B,T,M], got a tuple",
+    TwoMemories: "encode() returns a tuple of 2 memories, and memory_masks is ('attention_mask',)",
     NeverAlone: "fails for 1 of at most 80 tokens: AttributeError: no cache",
     Numbers: "its code fixes the target length to 5",
     NumbersInTheEncoder: "fixes sizes of encoder.onnx to those of the example (input_ids: T = 7; attention_mask: T = 7)",

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.fsmt.modeling_fsmt import SinusoidalPositionalEmbedding
 
 from tests.exporter.models import checkpoint
-from txopt.exporter import huggingface
+from txopt.exporter import pretrained
 from txopt.exporter.pipeline import export
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
@@ -56,7 +56,7 @@ def test_a_table_that_is_computed_may_be_missing(tmp_path: Path) -> None:
     assert len(sinusoids) == 2
     rest = {name: value for name, value in weights.items() if name not in sinusoids}
     save_file(rest, source / "model.safetensors", {"format": "pt"})
-    module = huggingface.load(source, torch.float32).module
+    module = pretrained.load(source, torch.float32).module
     for name in sinusoids:
         table = module.get_parameter(name)
         made = SinusoidalPositionalEmbedding.get_embedding(*table.shape, module.config.pad_token_id)
@@ -185,3 +185,22 @@ def test_scores_are_what_the_checkpoint_says(labels: int, problem: str | None, b
     got = Model(export(tmp_path / "source", tmp_path / "out")).classify(input_ids=ids)
     with torch.no_grad():
         np.testing.assert_allclose(got, by_hand(module(torch.from_numpy(ids)).logits).numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "fsmt"])
+def test_a_model_in_memory_is_a_source_and_goes_on_as_it_was(name: str, tmp_path: Path) -> None:
+    module = pretrained.load(checkpoint(name, tmp_path), torch.float32).module.train().requires_grad_(True)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    artifact, read = export(module, tmp_path / "out"), export(tmp_path / name, tmp_path / "read")
+    assert artifact.manifest.source["name"] == type(module).__name__
+    for file in ("encoder.onnx", "weights.data"):
+        assert artifact.file(file).read_bytes() == read.file(file).read_bytes()
+    assert module.training
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_a_model_in_memory_that_no_family_knows_is_refused(tmp_path: Path) -> None:
+    module = t.CTRLModel(t.CTRLConfig(vocab_size=20, n_embd=8, dff=8, n_layer=1, n_head=2, n_positions=16))
+    with pytest.raises(SourceError, match="no family knows model_type 'ctrl'"):
+        export(module, tmp_path / "out")

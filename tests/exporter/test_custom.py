@@ -1,5 +1,6 @@
 """Anyone's own model: the g2p example through the custom door, and modules that are no custom model."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -207,3 +208,27 @@ def test_a_module_in_half_precision_is_exported_in_the_precision_asked_for(tmp_p
     artifact = export(factory().half(), tmp_path / "out")
     assert artifact.manifest.precision == "fp32"
     assert artifact.manifest.parity["passed"]
+
+
+def test_a_module_goes_on_as_it_was(tmp_path: Path) -> None:
+    """Someone exports in the middle of a training."""
+    module = Tiny().train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    export(module, tmp_path / "out", precision="fp16")
+    assert module.training
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+class Locked(Tiny):
+    """What cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_module_that_cannot_be_copied_is_taken_itself(tmp_path: Path) -> None:
+    assert export(Locked(), tmp_path / "out").manifest.family == "custom"
+    with pytest.raises(SourceError, match=r"Locked cannot be copied .* is not torch\.float32; give it in that dtype"):
+        export(Locked().half(), tmp_path / "half")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.exporter.models import BUILDERS
-from txopt.exporter import huggingface
+from txopt.exporter import pretrained
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.graphs import AXES
 from txopt.runtime.model import Model
@@ -88,7 +88,7 @@ def test_ids_are_those_of_transformers(
     name: str, options: dict[str, Any], artifacts: Artifacts, checkpoints: Make
 ) -> None:
     inputs = _padded(np.random.default_rng(5), 3, 6)
-    source = huggingface.load(checkpoints(name), torch.float32)
+    source = pretrained.load(checkpoints(name), torch.float32)
     common = {"max_new_tokens": 15, "do_sample": False, **options}
     expected = source.generate({key: torch.from_numpy(value) for key, value in inputs.items()}, **common)
     got = Model(artifacts(name)).generate(**inputs, **common)
@@ -99,7 +99,7 @@ def test_ids_are_those_of_transformers(
 def test_decoder_alone_takes_prompts_padded_on_the_left(artifacts: Artifacts, checkpoints: Make) -> None:
     inputs = _padded(np.random.default_rng(6), 3, 6)
     inputs = {key: np.ascontiguousarray(value[:, ::-1]) for key, value in inputs.items()}
-    source = huggingface.load(checkpoints("gpt2"), torch.float32)
+    source = pretrained.load(checkpoints("gpt2"), torch.float32)
     for options in ({"num_beams": 1}, {"num_beams": 3}):
         common: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
         expected = source.generate({key: torch.from_numpy(value) for key, value in inputs.items()}, **common)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as t
 
-from txopt.exporter import huggingface
+from txopt.exporter import huggingface_facts, pretrained
 from txopt.exporter.pipeline import export
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
@@ -54,7 +54,7 @@ def edit(directory: Path, **decoder: Any) -> Path:
 def test_sinusoidal_positions_are_computed_as_transformers_computes_them(tmp_path: Path) -> None:
     """from_pretrained() leaves the table without memory: the proof is a model made in memory."""
     source = trocr(tmp_path / "source", use_learned_position_embeddings=False)
-    loaded = huggingface.load(source, torch.float32).module
+    loaded = pretrained.load(source, torch.float32).module
     made = t.VisionEncoderDecoderModel(t.VisionEncoderDecoderConfig.from_pretrained(source)).eval()
     made.load_state_dict(loaded.state_dict())
     pixels, tokens = torch.randn(1, 3, 32, 32), torch.randint(4, 100, (1, 12))
@@ -79,7 +79,7 @@ def test_images_may_be_wider_than_high(image_size: list[int], tmp_path: Path) ->
     assert artifact.manifest.graphs["encoder"].inputs[0].axes == ("B", 3, *image_size)
     pixels = np.random.default_rng(0).standard_normal((2, 3, *image_size)).astype(np.float32)
     options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 1}
-    expected = huggingface.load(source, torch.float32).generate({"pixel_values": torch.from_numpy(pixels)}, **options)
+    expected = pretrained.load(source, torch.float32).generate({"pixel_values": torch.from_numpy(pixels)}, **options)
     assert expected is not None
     got = Model(artifact).generate(pixel_values=pixels, **options).sequences
     np.testing.assert_array_equal(got, expected.ids.numpy())
@@ -111,4 +111,4 @@ def test_trocr_has_cross_attention_whatever_its_configuration_says(tmp_path: Pat
 def test_a_size_that_the_configuration_lacks_is_named() -> None:
     config = t.VisionEncoderDecoderConfig(encoder=t.BertConfig().to_dict(), decoder=t.TrOCRConfig().to_dict())
     with pytest.raises(SourceError, match=r"config\.json has no encoder\.image_size\.0"):
-        huggingface._value(config, "encoder.image_size.0")
+        huggingface_facts._value(config, "encoder.image_size.0")

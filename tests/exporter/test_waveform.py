@@ -76,12 +76,12 @@ def test_a_mask_may_be_left_out_and_samples_have_bounds(artifacts: Artifacts) ->
     whole = model.encode(input_values=sound)
     masked = model.encode(input_values=sound, attention_mask=np.ones((2, 700), np.int64))
     np.testing.assert_array_equal(*(model.session.array(each.values["memory"]) for each in (whole, masked)))
-    assert whole.mask is not None
-    assert whole.mask.shape == (2, model.session.array(whole.values["memory"]).shape[1])
+    assert "attention_mask" in whole.masks
+    assert whole.masks["attention_mask"].shape == (2, model.session.array(whole.values["memory"]).shape[1])
     frontend = model.manifest.frontend
     least, most = frontend["least_samples"], frontend["most_samples"]
-    assert model.encode(input_values=sound[:, :least]).mask is not None
-    assert model.encode(input_values=np.zeros((1, most), np.float32)).mask is not None
+    assert "attention_mask" in model.encode(input_values=sound[:, :least]).masks
+    assert "attention_mask" in model.encode(input_values=np.zeros((1, most), np.float32)).masks
     for width, words in ((least - 1, f"at least {least}"), (most + 1, f"at most {most}")):
         with pytest.raises(InputError, match=words):
             model.encode(input_values=np.zeros((1, width), np.float32))

@@ -34,6 +34,7 @@ TEXT: dict[str, Any] = {
     "unk_token_id": 3,
     "source_vocabulary": 32,
     "source_positions": None,
+    "bounds": {"context_ids": {"vocabulary": 32, "positions": None}},
 }
 SPEECH: dict[str, Any] = AUDIO | {
     "dither": 0.0,
@@ -98,6 +99,9 @@ WRONG: tuple[tuple[str, str, Any, str], ...] = (
     ("text", "timestamp_begin", "9", "an integer of at least 0, or null"),
     ("text", "source_vocabulary", 0, "an integer of at least 1, or null, found 0"),
     ("text", "source_positions", "512", "an integer of at least 1, or null, found '512'"),
+    ("text", "bounds", {"context_ids": 32}, "an object of vocabulary and positions, integers of at least 1 or null"),
+    ("text", "bounds", {"context_ids": {"vocabulary": 0}}, "an object of vocabulary and positions"),
+    ("text", "bounds", {"context_ids": {"words": 3}}, "an object of vocabulary and positions"),
     ("text", "labels", ["a", "b"], "an object of names"),
     ("text", "labels", {"0": "a", "2": "b"}, '"0" and on without gaps'),
     ("text", "labels", {"0": 5}, "an object of names"),

@@ -20,7 +20,7 @@ from txopt.runtime.errors import ArtifactError
 from txopt.runtime.files import PICKLES, SUFFIXES
 from txopt.runtime.frontend import COMMON, KEYS, TYPES
 from txopt.runtime.graphs import AXES, DTYPES, CacheSpec, GraphSpec, TensorSpec
-from txopt.runtime.manifest import FORMAT, KINDS, LARGEST, PRECISIONS, TARGETS, Manifest
+from txopt.runtime.manifest import FORMATS, KINDS, LARGEST, PRECISIONS, TARGETS, Manifest
 from txopt.runtime.strict_json import DEEPEST
 
 JSON = st.recursive(
@@ -106,7 +106,7 @@ def test_every_key_must_be_there(key: str) -> None:
         (put("graphs/encoder/inputs/0/axes/0", "X"), r"axes\[0\]: expected a length of at least 1, or one of B R"),
         (
             put("graphs/encoder/inputs/0/axes/1", "V"),
-            r"axes\[1\]: expected a length of at least 1, or one of B R Q S T",
+            r"axes\[1\]: expected a length of at least 1, or one of B R Q S T U W",
         ),
         (put("graphs/decoder/outputs/0/axes/2", "T"), r"expected logits float32 \[R,Q,V\]"),
         (put("graphs/encoder/outputs/1/axes/1", "T"), r"expected 'cross_key.0' \[B,H,T,D\]"),
@@ -124,6 +124,8 @@ def test_every_key_must_be_there(key: str) -> None:
         (put("graphs/decoder/outputs/0/dtype", "float16"), r"expected logits float32 \[R,Q,V\]"),
         (put("graphs/decoder/outputs/1/name", "key"), "expected present_key.0"),
         (drop("graphs", "decoder"), "graphs: expected encoder and decoder"),
+        (put("format", 2), "format: expected 1, the oldest that has what these graphs use, found 2"),
+        (put("graphs/decoder/inputs/2/name", "encoder_tags"), "beside an encoder's input 'tags', found no such input"),
         (put("cache", None), "cache: expected a cache"),
         (put("cache/layers", 0), "cache.layers: expected an integer of at least 1, found 0"),
         (put("cache/layers", 1.0), "cache.layers: expected an integer, found 1.0"),
@@ -160,14 +162,14 @@ def test_all_problems_come_in_one_message() -> None:
 
 
 def test_a_newer_format_is_the_only_thing_said() -> None:
-    with pytest.raises(ArtifactError, match=f"found {FORMAT + 1}: written by a newer txopt; upgrade") as error:
-        Manifest.from_json({"format": FORMAT + 1, "shape": "unheard of"})
+    with pytest.raises(ArtifactError, match=f"found {FORMATS[-1] + 1}: written by a newer txopt; upgrade") as error:
+        Manifest.from_json({"format": FORMATS[-1] + 1, "shape": "unheard of"})
     assert "shape" not in str(error.value)
 
 
 @pytest.mark.parametrize("version", [0, -1, "1", 1.0, True, None])
 def test_what_is_no_format_version_is_refused(version: object) -> None:
-    with pytest.raises(ArtifactError, match=f"expected format {FORMAT}"):
+    with pytest.raises(ArtifactError, match="expected format 1 or 2"):
         Manifest.from_json(document() | {"format": version})
 
 
@@ -227,7 +229,7 @@ def test_the_specification_names_everything_that_is_checked() -> None:
         *PICKLES,
     ]
     assert [word for word in words if not re.search(rf"[`\"{{]{re.escape(word)}[`\"}}]", text)] == []
-    assert f"version {FORMAT}\n" in text
+    assert f"versions {FORMATS[0]} and {FORMATS[-1]}\n" in text
     assert f"{LARGEST >> 20} MiB" in text
     assert f"nested at most {DEEPEST} deep" in text
 

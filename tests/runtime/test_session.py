@@ -209,7 +209,7 @@ def test_another_models_sources_are_refused(model: Model) -> None:
     values["cross_key.1"] = runner.tensor(np.zeros((1, 3, 3, 32), np.float32))
     values["cross_value.1"] = runner.tensor(np.zeros((1, 3, 3, 64), np.float16))
     with pytest.raises(InputError) as caught:
-        model.decode(replace(encoded, values=values, mask=None))
+        model.decode(replace(encoded, values=values, masks={}))
     for part in (
         "these encoded sources are not this model's; expected what its own encode() gave",
         "cross_key.0: missing; expected cross_key.0 float32 [B,3,T,64]",
@@ -219,7 +219,7 @@ def test_another_models_sources_are_refused(model: Model) -> None:
         "encoder_attention_mask: expected the mask",
     ):
         assert part in str(caught.value)
-    for wrong in (replace(encoded, batch=2), replace(encoded, mask=np.ones((1, 4), np.int64))):
+    for wrong in (replace(encoded, batch=2), replace(encoded, masks={"attention_mask": np.ones((1, 4), np.int64)})):
         with pytest.raises(InputError, match="not this model's"):
             model.decode(wrong)
 
