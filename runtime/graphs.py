@@ -195,7 +195,12 @@ def _of_masks(graphs: Mapping[str, GraphSpec]) -> Iterator[str]:
         if known is None:
             name = show(mask.name.removeprefix(MASKS))
             yield f"graphs.decoder.inputs: expected {show(mask.name)} beside an encoder's input {name}, found no such input"
-        elif mask.dtype != "int64" or len(mask.axes) != 2 or mask.axes[0] != "B" or known.axes != mask.axes:
+        elif (
+            {mask.dtype, known.dtype} != {"int64"}
+            or known.axes != mask.axes
+            or len(mask.axes) != 2
+            or mask.axes[0] != "B"
+        ):
             axes = ",".join(map(str, known.axes)) if known.dtype == "int64" and len(known.axes) == 2 else "B,T"
             how = "gives" if mask.name in made else "reads"
             yield f"graphs.decoder.inputs: expected {mask.name} int64 [{axes}], as the encoder {how} it, found {mask}"

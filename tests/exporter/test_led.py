@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LEDForConditionalGeneration
 
+from txopt.benchmarks.inputs import draw
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.model import Model
 
@@ -61,3 +62,9 @@ def test_a_token_is_heard_as_far_as_the_windows_reach_and_everywhere_if_it_is_gl
     assert difference(None).tolist() == list(range(14, 27))
     assert difference(20).tolist() == list(range(40))
     assert difference(0).tolist() == list(range(40)), "the first token hears it, and all hear the first"
+
+
+def test_a_benchmark_marks_no_token_as_global(artifacts: Artifacts) -> None:
+    inputs = draw(artifacts("led"), 2, 9)
+    assert inputs["input_ids"].shape == inputs["attention_mask"].shape == (2, 9)
+    assert not inputs["global_attention_mask"].any()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, SpeechT5FeatureExtractor, SpeechT5ForSpeechToText
 
 from tests import tiny_tokenizers as tiny
+from txopt.benchmarks.inputs import draw
 from txopt.exporter.framing import Framing
 from txopt.exporter.frontend import collect
 from txopt.exporter.pipeline import export
@@ -88,3 +89,10 @@ def test_a_mask_may_be_left_out_and_samples_have_bounds(artifacts: Artifacts) ->
     mask = (np.arange(700) < np.array([[700], [least - 1]])).astype(np.int64)
     with pytest.raises(InputError, match=f"at least {least}"):
         model.encode(input_values=sound, attention_mask=mask)
+
+
+def test_a_benchmark_draws_sounds_that_can_be_heard(artifacts: Artifacts) -> None:
+    artifact = artifacts("speecht5")
+    inputs = draw(artifact, 2, 9)
+    assert inputs["input_values"].shape == (2, artifact.manifest.frontend["least_samples"])
+    assert Model(artifact).encode(**inputs).batch == 2
