@@ -155,6 +155,15 @@ def put(text: str, file: Path) -> None:
     file.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", "utf-8")
 
 
+def merged(file: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """``table`` over what ``file`` has of other architectures and roads, in the order of NAMES."""
+    earlier = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    whole = earlier | {
+        name: row | {"roads": earlier.get(name, {}).get("roads", {}) | row["roads"]} for name, row in table.items()
+    }
+    return {name: whole[name] for name in NAMES if name in whole}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(NAMES), help="some of them, by comma")
@@ -162,7 +171,7 @@ def main() -> None:
         "--optimum", type=Path, default=FOLDERS, help="where NAME.tar.xz of folders by optimum-onnx lie"
     )
     parser.add_argument("--own", action="store_true", help="txopt's own export alone, not torch's exporters")
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
+    parser.add_argument("--out", type=Path, help="also write the JSON there; what is there of others stays")
     parser.add_argument("--page", type=Path, help="put the tables between the marks of this Markdown file")
     parser.add_argument("--from", dest="earlier", type=Path, help="print the page of an earlier JSON, measure nothing")
     arguments = parser.parse_args()
@@ -171,11 +180,12 @@ def main() -> None:
         if arguments.earlier
         else measure(arguments.models.split(","), arguments.optimum, () if arguments.own else EXPORTERS)
     )
+    if arguments.out:
+        table = merged(arguments.out, table)
+        arguments.out.write_text(json.dumps(table, indent=2) + "\n", "utf-8")
     sys.stdout.write(page(table) + "\n")
     if arguments.page:
         put(page(table), arguments.page)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(table, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What holds for every test: one thread, one seed, no network."""
 
+import logging
 import os
 import random
 import sys
@@ -23,11 +24,12 @@ settings.load_profile("txopt")
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test starts from the same random state, whatever ran before it."""
+    """Every test starts from the same random state and hears all messages, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    logging.getLogger("txopt").setLevel(logging.NOTSET)  # a command with --quiet that ran in this process set it
 
 
 @pytest.fixture(scope="session")

@@ -231,7 +231,7 @@ BAD = {
         lambda source: (source / "generation_config.json").write_text("{"),
         "generation_config.json",
     ),
-    "an unknown family": (configured(model_type="blenderbot"), "no family knows model_type 'blenderbot'"),
+    "an unknown family": (configured(model_type="bigbird_pegasus"), "no family knows model_type 'bigbird_pegasus'"),
     "no encoder-decoder": (configured(model_type="bert"), "is of a encoder"),
     "another vocabulary": (configured(vocab_size=98), "vocabulary of 98, the decoder's logits have 99"),
     "another width": (configured(d_model=64), "states of width 64, as config.json says, found 32"),
