@@ -72,11 +72,16 @@ def look(files: dict[str, str], progress: Progress) -> dict[str, Any]:
 
 def _prepared(source: Path, progress: Progress, renamed: Mapping[Any, str] | None = None) -> Any:
     """The file's graph as fusions want it; ``renamed``: axes whose names it has wrong."""
+    import onnx_ir as ir
+
     from txopt.exporter import foreign_original, onnx_file
 
     progress("convert")
     model = onnx_file.load(source)
     foreign_original.rename(model, renamed or {})
+    for output in model.graph.outputs:  # whose axes people name as they like, and nobody checks
+        if output.shape is not None and output not in model.graph.inputs:
+            output.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in output.shape])
     onnx_file.convert(model, source)
     progress("clean")
     onnx_file.clean(model)

@@ -4,7 +4,7 @@ It knows nothing of the graph but its inputs, and which of them are indices, whi
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,14 +47,17 @@ def draw(model: ir.Model, sizes: Sizes, seed: int) -> dict[str, Array]:
     }
 
 
-def candidates(model: ir.Model) -> Iterator[Sizes]:
-    """Sizes to try, those that would find most first; many when nothing says what the graph takes."""
+def candidates(model: ir.Model, apart: Collection[str] = ()) -> Iterator[Sizes]:
+    """Sizes to try, those that would find most first; many when nothing says what the graph takes.
+
+    First axes are batches, of one length, but for those ``apart``.
+    """
     first: dict[str, None] = {}
     others: dict[str, None] = {}
     for value in model.graph.inputs:
         for axis, name in enumerate(axes(value)):
             for symbol in symbols(name):
-                (first if axis == 0 else others).setdefault(symbol)
+                (first if axis == 0 and symbol not in apart else others).setdefault(symbol)
     names = [name for name in others if name not in first]
     if not first and not names:
         yield from ({}, {})
@@ -85,9 +88,11 @@ def symbols(name: int | str | None) -> list[str]:
     except (SyntaxError, ValueError, RecursionError):
         return [name]
     allowed = (ast.Expression, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Name, ast.Load, ast.Constant)
-    if not all(isinstance(node, allowed) for node in ast.walk(tree)):
-        return [name]
-    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    nodes = list(ast.walk(tree))
+    numbers = all(type(node.value) is int for node in nodes if isinstance(node, ast.Constant))
+    found = [node.id for node in nodes if isinstance(node, ast.Name)]
+    dashed = "-" in name and " - " not in name  # "batch-size"
+    return found if found and numbers and not dashed and all(isinstance(node, allowed) for node in nodes) else [name]
 
 
 def _length(name: int | str, sizes: Mapping[str, int]) -> int:

@@ -62,12 +62,12 @@ def ask(path: Path, model: ir.Model) -> Original:
     first = _answers(Original(path), runner, model, sets=1)
     if not first.answers:
         return first
-    renamed = _untrue(runner, model, first.answers[0].sizes)
+    renamed = _untrue(runner, model, _base(runner, model, first.answers[0].sizes))
     return _answers(Original(path, renamed=renamed), runner, model, sets=_SETS)
 
 
 def _answers(original: Original, runner: Runner, model: ir.Model, *, sets: int) -> Original:
-    for seed, sizes in enumerate(candidates(model)):
+    for seed, sizes in enumerate(candidates(model, set(original.renamed.values()))):
         feeds = draw(model, sizes, seed)
         try:
             original.answers.append(Answer(sizes, feeds, _answer(runner, feeds)))
@@ -98,7 +98,8 @@ def _untrue(runner: Runner, model: ir.Model, sizes: Sizes) -> dict[Place, str]:
         for places in islice(trials, _MOST_TRIALS):
             if not set(places) < set(rest):
                 continue
-            new = f"{name}/{places[0][0]}"
+            value, axis = places[0]
+            new = f"{name}/{value}" if f"{name}/{value}" not in lengths else f"{name}/{value}/{axis}"
             _name(model, dict.fromkeys(places, new))
             if all(_runs(runner, model, {**lengths, new: sizes[name] + change}) for change in _CHANGES):
                 lengths[new] = sizes[name]
@@ -107,6 +108,12 @@ def _untrue(runner: Runner, model: ir.Model, sizes: Sizes) -> dict[Place, str]:
             else:
                 _name(model, dict.fromkeys(places, name))
     return renamed
+
+
+def _base(runner: Runner, model: ir.Model, sizes: Sizes) -> Sizes:
+    """Sizes to vary: batches, too, are long enough to be shortened where the original takes that."""
+    longer = {name: max(length, 1 - min(_CHANGES) + 2) for name, length in sizes.items()}
+    return longer if _runs(runner, model, longer) else sizes
 
 
 def _runs(runner: Runner, model: ir.Model, sizes: Sizes) -> bool:

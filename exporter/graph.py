@@ -20,7 +20,7 @@ def clean(model: ir.Model) -> ir.Model:
     _name_weights(model)
     model = passes.InlinePass()(model).model
     transpose_weights(model)
-    _remove_identities(model.graph)
+    remove_identities(model.graph)
     optimizer.optimize_ir(
         model, num_iterations=2, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
     )
@@ -35,7 +35,7 @@ def clean(model: ir.Model) -> ir.Model:
     return model
 
 
-def _remove_identities(graph: ir.Graph) -> None:
+def remove_identities(graph: ir.Graph) -> None:
     """Identity nodes, but for those that give an output its own name: two outputs must not be one value."""
     for node in [node for node in graph if node.op_type == "Identity"]:
         if node.inputs[0] is not None and not node.outputs[0].is_graph_output():

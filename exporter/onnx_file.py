@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, version_converter
 
-from txopt.exporter.graph import FOLD_LIMIT, transpose_weights
+from txopt.exporter.graph import FOLD_LIMIT, remove_identities, transpose_weights
 from txopt.exporter.onnx_weights import skeleton
 from txopt.exporter.weights import INLINE_BYTES
 from txopt.runtime.errors import SourceError, explain
@@ -117,7 +117,7 @@ def clean(model: ir.Model) -> None:
             node.name = f"{node.name or node.op_type}_{index}"
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    passes.IdentityEliminationPass()(model)
+    remove_identities(model.graph)  # not those of subgraphs, whose outputs may be nothing else
     transpose_weights(model)
     for _ in range(2):  # what was folded may make two nodes equal, and those a constant
         optimizer.fold_constants(

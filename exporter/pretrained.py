@@ -62,8 +62,16 @@ def adopt(module: PreTrainedModel, dtype: torch.dtype) -> HuggingFaceSource:
         SourceError: no family knows it, or its head.
     """
     family = find(module.config.model_type)
+    name = type(module).__name__
+    if family.kind == "encoder" and name.endswith(LANGUAGE_HEADS):
+        logger.warning("%s is exported without its language-model head, for embeddings", name)
+        module = module.base_model
     _check_architecture(type(module), family, module.config)
-    copied: Any = borrowed(module).to(device="cpu", dtype=dtype)
+    try:
+        copied: Any = borrowed(module).to(device="cpu", dtype=dtype)
+    except Exception as err:  # tensors that were computed, locks, files
+        advice = "model.save_pretrained(...) it and give the directory"
+        raise SourceError(f"{name} cannot be copied ({str(err).strip().splitlines()[0]}); {advice}") from err
     make_tables(copied, dtype)
     return HuggingFaceSource(copied, family)
 

@@ -7,7 +7,17 @@ import onnx_ir as ir
 
 from txopt.exporter.algebra import scalar
 
+_SHAPE_ARITHMETIC = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Identity", "Gather", "Slice")
+_MOST_AXES = 64
 Length = int | tuple[ir.Value, int] | ir.Value  # a number, the length of a value's axis, or whatever a value holds
+
+
+def order_of(transpose: ir.Node) -> tuple[int, ...] | None:
+    """The axes of a Transpose's input in their new order; None where it reverses them and their number is not known."""
+    if "perm" in transpose.attributes:
+        return tuple(transpose.attributes["perm"].as_ints())
+    rank = None if transpose.inputs[0] is None else rank_of(transpose.inputs[0])
+    return None if rank is None else tuple(range(rank))[::-1]
 
 
 def rank_of(value: ir.Value) -> int | None:
@@ -49,12 +59,12 @@ def length(value: ir.Value, axis: int) -> int | str | None:
 
 def lengths_of(shape: ir.Value | None) -> tuple[Length, ...] | None:
     """What a shape holds, one by one; None where not even its parts are known."""
-    if shape is None:
+    if shape is None or shape.dtype not in (None, ir.DataType.INT64, ir.DataType.INT32):
         return None
     if shape.const_value is not None:
-        return tuple(int(number) for number in shape.const_value.numpy().reshape(-1))
+        return _numbers(shape.const_value)
     node = shape.producer()
-    if node is None or node.inputs[0] is None:
+    if node is None or node.op_type not in _SHAPE_ARITHMETIC or node.inputs[0] is None:
         return None
     start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
     if node.op_type == "Shape":
@@ -72,6 +82,17 @@ def lengths_of(shape: ir.Value | None) -> tuple[Length, ...] | None:
         first, last = scalar(node.inputs[1]), scalar(node.inputs[2])
         return None if first is None or last is None else parts[0][int(first) : int(last)]
     return None
+
+
+def _numbers(constant: ir.TensorProtocol) -> tuple[int, ...] | None:
+    """What a constant holds, where it can be a shape: a table of weights cannot."""
+    if (
+        constant.dtype not in (ir.DataType.INT64, ir.DataType.INT32)
+        or len(constant.shape) > 1
+        or constant.size > _MOST_AXES
+    ):
+        return None
+    return tuple(int(number) for number in constant.numpy().reshape(-1))
 
 
 def _alone(part: ir.Value | None) -> tuple[Length, ...] | None:

@@ -113,7 +113,7 @@ def _beyond(name: str, value: Array, bound: Bound) -> list[str]:
 def _unheard(sound: Array, mask: Array | None, least: int | None, most: int | None) -> list[str]:
     """Where sounds [B,N] are too short to make a frame, or longer than the model has positions for."""
     problems = []
-    shortest = sound.shape[1] if mask is None else int(mask.sum(1).min())
+    shortest = sound.shape[1] if mask is None else int((mask != 0).sum(1).min())
     if least is not None and shortest < least:
         problems.append(f"input_values: expected sounds of at least {least} samples, got {shortest}; make it longer")
     if most is not None and sound.shape[1] > most:

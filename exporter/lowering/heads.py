@@ -17,7 +17,7 @@ from onnx_ir.passes import common as passes
 from txopt.exporter.algebra import only_user
 from txopt.exporter.graph import integers
 from txopt.exporter.origins import origin
-from txopt.exporter.shapes import lengths_of, rank_of
+from txopt.exporter.shapes import lengths_of, order_of, rank_of
 
 _BY_HEAD = (0, 2, 1, 3)
 
@@ -72,7 +72,7 @@ def _operand(value: ir.Value | None) -> _Operand | None:
 def _cut(transpose: ir.Node) -> _Operand | None:
     """What Transpose(Reshape(x, [B,L,H,D])) cuts, whole."""
     reshape = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
-    if transpose.op_type != "Transpose" or transpose.attributes["perm"].as_ints() != _BY_HEAD or reshape is None:
+    if transpose.op_type != "Transpose" or order_of(transpose) != _BY_HEAD or reshape is None:
         return None
     x, parts = reshape.inputs[0], lengths_of(reshape.inputs[1]) if reshape.op_type == "Reshape" else None
     if x is None or parts is None or len(parts) != 4:
@@ -100,7 +100,7 @@ def _places(reshape: ir.Node) -> list[ir.Value] | None:
 def _joining(attended: ir.Value) -> ir.Node | None:
     """The Reshape that joins the heads of [B,H,L,D] again, behind the Transpose that is for it alone."""
     transpose = only_user(attended, "Transpose")
-    if transpose is None or transpose.attributes["perm"].as_ints() != _BY_HEAD:
+    if transpose is None or order_of(transpose) != _BY_HEAD:
         return None
     reshape = only_user(transpose.outputs[0], "Reshape")
     parts = lengths_of(reshape.inputs[1]) if reshape is not None else None

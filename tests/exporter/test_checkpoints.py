@@ -204,3 +204,16 @@ def test_a_model_in_memory_that_no_family_knows_is_refused(tmp_path: Path) -> No
     module = t.CTRLModel(t.CTRLConfig(vocab_size=20, n_embd=8, dff=8, n_layer=1, n_head=2, n_positions=16))
     with pytest.raises(SourceError, match="no family knows model_type 'ctrl'"):
         export(module, tmp_path / "out")
+
+
+def test_a_language_model_in_memory_embeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = t.BertForMaskedLM(t.BertConfig(**SIZES))
+    assert export(module, tmp_path / "out").manifest.task == "embedding"
+    assert "without its language-model head" in caplog.text
+
+
+def test_a_model_in_memory_that_cannot_be_copied_says_what_to_do(tmp_path: Path) -> None:
+    module = t.BertModel(t.BertConfig(**SIZES))
+    module.computed = module.embeddings.word_embeddings.weight.sum() * 2
+    with pytest.raises(SourceError, match=r"BertModel cannot be copied .*; model\.save_pretrained\(\.\.\.\) it"):
+        export(module, tmp_path / "out")

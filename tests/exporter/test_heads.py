@@ -141,3 +141,14 @@ def test_heads_in_wrong_places_are_beyond_the_tolerance() -> None:
     attention.attributes["q_num_heads"] = ir.AttrInt64("q_num_heads", 1)
     attention.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", 1)
     assert np.abs(run(after, feeds())[0] - run(before, feeds())[0]).max() > 1e-3
+
+
+def test_a_transpose_that_reverses_all_axes_is_another_order() -> None:
+    graph = ir.from_proto(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 24]> net (float[8,L,4,B] q) => (float[8,L,4,B] y) '
+            "{ t = Transpose(q) a = Attention(t, t, t) y = Transpose(a) }"
+        )
+    )
+    join_heads(graph)
+    assert count(graph) == {"Attention": 1, "Transpose": 2}
