@@ -21,7 +21,7 @@ lint: .venv/.installed-test
 	$(BIN)/mypy
 
 pytest: .venv/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf .venv build dist demo-out src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
