@@ -19,7 +19,8 @@ __all__ = ["FORMATS", "CacheSpec", "FileEntry", "GraphSpec", "Manifest", "Tensor
 
 FORMATS = (1, 2)  # the versions that are read; each artifact is of the oldest that has what it uses
 KINDS = {"encoder-decoder": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",)}
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+QUANTIZED = ("int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
 TARGETS = ("cpu", "cuda", "tensorrt")
 PARITY_CASES = "parity.safetensors"
 LARGEST = 16 << 20  # bytes of manifest.json: thousands of times what is needed, and still harmless

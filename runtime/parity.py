@@ -5,17 +5,19 @@ deviation starts is read off the caches, layer by layer.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from txopt.runtime.answers import answers, counts
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.cases import Case, Lengths, load, log_sum_exp, sample, source_axis
+from txopt.runtime.cases import Case, Lengths, load, sample
 from txopt.runtime.errors import ParityError, TxoptError, explain
-from txopt.runtime.graphs import frame_masks, source_masks
+from txopt.runtime.graphs import source_masks
+from txopt.runtime.manifest import QUANTIZED, Manifest
 from txopt.runtime.model import Model
 from txopt.runtime.options import GenerationOptions
 
@@ -166,20 +168,22 @@ def replay(
         invariance=_invariance(model, cases),
         skipped=tuple(dict.fromkeys(notes)),
         failures=tuple(failures),
-        reference=reference_of(artifact.manifest.source),
+        reference=reference_of(artifact.manifest),
     )
 
 
-def reference_of(source: Mapping[str, Any]) -> str:
-    """Who gave an artifact's reference answers, by the manifest's "source": PyTorch, or the .onnx files that it was made of."""
-    return "the original files" if source.get("kind") == "optimum" else "PyTorch"
+def reference_of(manifest: Manifest) -> str:
+    """Who gave an artifact's reference answers: PyTorch, the .onnx files that it was made of, or its own weights in float32."""
+    if manifest.precision in QUANTIZED:
+        return "its rounded weights in float32"
+    return "the original files" if manifest.source.get("kind") == "optimum" else "PyTorch"
 
 
 def _forced(model: Model, case: Case, tolerance: float) -> Iterator[Deviation]:
     """Teacher forcing along the case's schedule; what each layer wrote, then the logits, step by step."""
-    got = _answers(model, case)
+    got = answers(model, case)
     for name, expected in case.expected.items():
-        actual = got[name] if name == "log_sum_exp" else sample(name, got[name], _counts(model, case, got, name))
+        actual = got[name] if name == "log_sum_exp" else sample(name, got[name], counts(model, case, got, name))
         yield from _compare(case, name, expected, actual, tolerance)
 
 
@@ -206,42 +210,6 @@ def _order(deviation: Deviation) -> tuple[int, int, int]:
     place = {"memory": 0, "cross_key": 1, "cross_value": 1}.get(deviation.tensor.partition(".")[0], 2)
     layer = deviation.layer if deviation.layer is not None else 1 << 30 if place else 0
     return place, deviation.step or 0, layer
-
-
-def _counts(model: Model, case: Case, got: Mapping[str, Array], name: str) -> list[int]:
-    """How many places of each row of a source-long tensor are no padding; empty where a tensor is no encoder's."""
-    graphs, where = model.manifest.graphs, source_axis(name)
-    axes = next((out.axes for out in graphs["encoder"].outputs if out.name == name), ()) if "encoder" in graphs else ()
-    if where >= len(axes):
-        return []
-    lengths = Lengths({**case.inputs, **got}, source_masks(graphs) | frame_masks(graphs))
-    return lengths.seen(axes[where], got[name].shape[where])
-
-
-def _answers(model: Model, case: Case) -> dict[str, Array]:
-    """Everything the artifact says to a case, by tensor name."""
-    session = model.session
-    if model.manifest.kind == "decoder":
-        encoded, got = None, {}
-    else:
-        encoded = session.encode(case.inputs)
-        got = {name: session.array(value) for name, value in encoded.values.items()}
-    if model.manifest.kind == "encoder":
-        if "logits" in got and got["logits"].ndim == 3:
-            counts = _counts(model, case, got, "logits")
-            got["logits"] = got["logits"].copy()
-            for row, count in zip(got["logits"], counts, strict=True):
-                row[count:] = 0
-        return got
-    decoder = session.decoder(encoded, batch=len(case.tokens))
-    logits, start = [], 0
-    for queries in case.schedule:
-        logits.append(decoder.feed(case.tokens[:, start : start + queries]))
-        start += queries
-    got["logits"] = np.concatenate(logits, axis=1)
-    got["log_sum_exp"] = log_sum_exp(got["logits"])
-    got |= {name: decoder.cached(name) for name in decoder.names}
-    return got
 
 
 def _searched(
@@ -312,7 +280,7 @@ def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
     if padded is None or model.manifest.kind == "decoder":
         return found
     name = "logits" if "logits" in padded.expected else "embedding"
-    together = _answers(model, padded)
+    together = answers(model, padded)
     worst = 0.0
     for row in range(len(padded.tokens)):
         alone = Case(
@@ -321,7 +289,7 @@ def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
             tokens=padded.tokens[row : row + 1],
             schedule=padded.schedule,
         )
-        mine = _answers(model, alone)[name][0]
+        mine = answers(model, alone)[name][0]
         theirs = together[name][row]
         shape = tuple(slice(size) for size in mine.shape)
         worst = max(worst, float(np.abs(mine - theirs[shape]).max()))
@@ -334,14 +302,14 @@ def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
 
 def _batched(model: Model, case: Case, name: str) -> float:
     """A case alone against three copies of it in one batch."""
-    alone = _answers(model, case)[name]
+    alone = answers(model, case)[name]
     copies = Case(
         name="copies",
         inputs={key: np.repeat(value, 3, axis=0) for key, value in case.inputs.items()},
         tokens=np.repeat(case.tokens, 3, axis=0),
         schedule=case.schedule,
     )
-    return float(np.abs(_answers(model, copies)[name] - alone).max())
+    return float(np.abs(answers(model, copies)[name] - alone).max())
 
 
 def _trimmed(model: Model, case: Case, row: int) -> dict[str, Array]:

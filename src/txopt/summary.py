@@ -28,7 +28,7 @@ def of_artifact(artifact: Artifact, shown: str | None = None) -> tuple[dict[str,
                 continue
             lines.append(f"    {operator}: {report['fused']} fused by pattern, {len(report['refused'])} refused")
             lines += [f"      {reason}" for reason in (*report["refused"], *_proof(report))]
-    lines.append("  " + _parity_line(manifest.parity, reference_of(manifest.source)))
+    lines.append("  " + _parity_line(manifest.parity, reference_of(manifest)))
     document = {
         "path": str(artifact.path),
         "kind": manifest.kind,

@@ -1,0 +1,138 @@
+"""One pass of teacher forcing through an artifact's two graphs, with values of their insides as outputs.
+
+Feeding all tokens of a target at once computes what the decode loop computes step by step, position by position, over the same
+caches; so one run shows every step. Owns the copies of the graphs whose values are exposed, and which places are padding. Knows
+neither where tokens come from nor what is done with what is seen.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.backends.ort import Runner
+from txopt.runtime.graphs import MASKS, frame_masks, source_masks
+from txopt.runtime.inputs import check_inputs
+from txopt.runtime.manifest import Manifest
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A value of a graph at the places that are no padding: float [places, K]."""
+
+    graph: str
+    name: str
+    values: Array
+
+
+class Forced:
+    """An artifact's graphs, opened once more with ``taps`` (value names by graph) as outputs; a context: its files are temporary."""
+
+    def __init__(self, artifact: Artifact, taps: Mapping[str, Sequence[str]], *, threads: int | None = None) -> None:
+        self._manifest: Manifest = artifact.manifest
+        self._taps = {name: list(dict.fromkeys(taps.get(name, ()))) for name in artifact.manifest.graphs}
+        self._folder = tempfile.TemporaryDirectory(prefix="txopt-")
+        try:
+            self._runners = {
+                name: Runner(_tapped(artifact, name, taps, Path(self._folder.name)), threads=threads)
+                for name, taps in self._taps.items()
+            }
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runners.clear()  # they map the files
+        self._folder.cleanup()
+
+    def run(self, inputs: Mapping[str, Array], tokens: NDArray[np.int64], lengths: Sequence[int]) -> Iterator[Seen]:
+        """What the taps hold for one batch.
+
+        Args:
+            inputs: the encoder's, by name; a decoder alone has none.
+            tokens: int64 [B,L], what the decoder reads, padded on the right.
+            lengths: tokens of each row that count.
+        """
+        given: dict[str, Array] = {}
+        if "encoder" in self._runners:
+            given = yield from self._encoded(inputs)
+        if "decoder" in self._runners:
+            yield from self._decoded(given, tokens, np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
+
+    def _encoded(self, inputs: Mapping[str, Array]) -> Generator[Seen, None, dict[str, Array]]:
+        """The encoder's taps, then, as the generator's value, what the decoder reads of the encoder."""
+        spec, runner = self._manifest.graphs["encoder"], self._runners["encoder"]
+        masks = source_masks(self._manifest.graphs)
+        feeds = check_inputs(spec, inputs, masks=masks)
+        values = {name: runner.array(value) for name, value in runner.run(feeds).items()}
+        frames = [values[name] for name in frame_masks(self._manifest.graphs)]
+        valid = [mask != 0 for mask in (*frames, *(feeds[name] for name in masks))]
+        for name in self._taps["encoder"]:
+            yield Seen("encoder", name, _kept(values[name], valid))
+        made = {f"{MASKS}{name}": feeds[name] for name in masks}
+        return made | {name: value for name, value in values.items() if name.startswith(("cross_", MASKS))}
+
+    def _decoded(
+        self, given: Mapping[str, Array], tokens: NDArray[np.int64], valid: NDArray[np.bool_]
+    ) -> Iterator[Seen]:
+        spec, cache = self._manifest.graphs["decoder"], self._manifest.cache
+        assert cache is not None
+        rows, length = tokens.shape
+        dtype = {"float32": np.float32, "float16": np.float16}[cache.dtype]
+        buffers = np.zeros((rows, cache.heads, length, cache.head_size), dtype)
+        feeds: dict[str, Array] = {"input_ids": tokens, "position": np.zeros(rows, np.int64)}
+        for item in spec.inputs:
+            if item.name not in feeds:
+                feeds[item.name] = buffers if item.name.startswith("self_") else given[item.name]
+        runner = self._runners["decoder"]
+        values = runner.run(feeds)
+        for name in self._taps["decoder"]:
+            yield Seen("decoder", name, _kept(runner.array(values[name]), [valid]))
+
+
+def _tapped(artifact: Artifact, name: str, taps: Sequence[str], folder: Path) -> Path:
+    """A copy of one graph in ``folder`` with ``taps`` as outputs; its weights are linked where the file system allows it."""
+    file = artifact.manifest.graphs[name].file
+    model = ir.load(artifact.file(file))
+    made = {str(out.name): out for node in model.graph for out in node.outputs}
+    already = {str(out.name) for out in model.graph.outputs}
+    model.graph.outputs.extend(made[tap] for tap in taps if tap not in already)
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    for part in {str(tensor.location) for tensor in weights if isinstance(tensor, ir.ExternalTensor)}:
+        _link(artifact.file(part), folder / part)
+    target = folder / file
+    ir.save(model, target)
+    return target
+
+
+def _link(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _kept(value: Array, valid: Sequence[NDArray[np.bool_]]) -> Array:
+    """[places, K] of [B,X,K] without padding, by the first mask [B,X] that fits; all places where none does."""
+    for mask in valid:
+        if value.ndim == 3 and mask.shape == value.shape[:2]:
+            return value[mask]
+    return value.reshape(-1, value.shape[-1])

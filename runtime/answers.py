@@ -1,0 +1,52 @@
+"""What an opened artifact says to a reference case: every tensor that is compared, by name.
+
+Owns how a case is fed: the encoder once, then the decoder along the case's schedule. It judges nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from txopt.runtime.cases import Case, Lengths, log_sum_exp, source_axis
+from txopt.runtime.graphs import frame_masks, source_masks
+from txopt.runtime.model import Model
+
+Array = NDArray[Any]
+
+
+def counts(model: Model, case: Case, got: Mapping[str, Array], name: str) -> list[int]:
+    """How many places of each row of a source-long tensor are no padding; empty where a tensor is no encoder's."""
+    graphs, where = model.manifest.graphs, source_axis(name)
+    axes = next((out.axes for out in graphs["encoder"].outputs if out.name == name), ()) if "encoder" in graphs else ()
+    if where >= len(axes):
+        return []
+    lengths = Lengths({**case.inputs, **got}, source_masks(graphs) | frame_masks(graphs))
+    return lengths.seen(axes[where], got[name].shape[where])
+
+
+def answers(model: Model, case: Case) -> dict[str, Array]:
+    """Everything the artifact says to a case, by tensor name."""
+    session = model.session
+    if model.manifest.kind == "decoder":
+        encoded, got = None, {}
+    else:
+        encoded = session.encode(case.inputs)
+        got = {name: session.array(value) for name, value in encoded.values.items()}
+    if model.manifest.kind == "encoder":
+        if "logits" in got and got["logits"].ndim == 3:
+            seen = counts(model, case, got, "logits")
+            got["logits"] = got["logits"].copy()
+            for row, count in zip(got["logits"], seen, strict=True):
+                row[count:] = 0
+        return got
+    decoder = session.decoder(encoded, batch=len(case.tokens))
+    logits, start = [], 0
+    for queries in case.schedule:
+        logits.append(decoder.feed(case.tokens[:, start : start + queries]))
+        start += queries
+    got["logits"] = np.concatenate(logits, axis=1)
+    got["log_sum_exp"] = log_sum_exp(got["logits"])
+    got |= {name: decoder.cached(name) for name in decoder.names}
+    return got
