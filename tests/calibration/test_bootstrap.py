@@ -95,6 +95,15 @@ def test_the_interval_of_a_share_is_that_of_the_binomial() -> None:
     assert (20 - found.low, found.high - 20) == pytest.approx((expected, expected), rel=0.1)
 
 
+def test_the_interval_of_a_rare_loss_reaches_down_to_nothing() -> None:
+    """The example of decision 27: draws of two words of 300, Poisson with mean 2, of which 95 % are 0 to 5."""
+    found = compare(
+        wrong(np.zeros(300, bool)), wrong(np.arange(300) < 2), percent, higher_is_better=False, resamples=4000
+    )
+    assert (found.loss.value, found.loss.low, found.loss.high) == pytest.approx((2 / 3, 0, 5 / 3))
+    assert found.changed == 2
+
+
 def test_the_interval_covers_the_true_loss_about_as_often_as_it_says() -> None:
     """Two systems with 10 % and 12 % of errors, alike on most samples: 95 % of the intervals hold the true 2 points."""
     generator, trials = np.random.default_rng(0), 400
