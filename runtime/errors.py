@@ -6,6 +6,7 @@ TxoptError                    exit code 1: a defect of txopt
 │   ├── SourceError           a checkpoint or module that txopt cannot read or does not support
 │   └── ArtifactError         an artifact that is damaged, unsafe, too new, or not one at all
 ├── ParityError               exit code 3: the artifact does not say what PyTorch said
+├── LossError                 exit code 3: quantization lost more of the task's metric than allowed
 └── MissingDependencyError    exit code 4: an optional engine or package is not installed
 """
 
@@ -38,6 +39,12 @@ class ArtifactError(UsageError):
 
 class ParityError(TxoptError):
     """The exported graphs disagree with PyTorch beyond the tolerance; nothing is left behind."""
+
+    exit_code = 3
+
+
+class LossError(TxoptError):
+    """Quantization lost more of the task's metric than allowed, or the loss is not a number; nothing is left behind."""
 
     exit_code = 3
 

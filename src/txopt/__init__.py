@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from txopt.runtime.errors import (
         ArtifactError,
         InputError,
+        LossError,
         MissingDependencyError,
         ParityError,
         SourceError,
@@ -28,6 +29,7 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "InputError",
+    "LossError",
     "MissingDependencyError",
     "ParityError",
     "ParityReport",
@@ -48,6 +50,7 @@ _HOMES = {
     "ParityReport": "txopt.runtime.parity",
     "ArtifactError": "txopt.runtime.errors",
     "InputError": "txopt.runtime.errors",
+    "LossError": "txopt.runtime.errors",
     "MissingDependencyError": "txopt.runtime.errors",
     "ParityError": "txopt.runtime.errors",
     "SourceError": "txopt.runtime.errors",
