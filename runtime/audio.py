@@ -4,7 +4,8 @@ Reading goes through ``soundfile`` (WAV, FLAC, OGG, MP3: whatever its libsndfile
 What differs between models (mel bands, window, language and task ids) is data in the manifest's "frontend".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -36,6 +37,28 @@ def read_audio(
             than ``longest`` seconds.
         MissingDependencyError: soundfile is not installed.
     """
+    name = _name(source)
+    with _opened(source) as file:
+        rate = int(file.samplerate)
+        start, stop = _bounds(name, window, longest, file.frames / rate)
+        if start:
+            file.seek(round(start * rate))
+        samples = file.read(round((stop - start) * rate), dtype="float32", always_2d=True)
+    if samples.size == 0:
+        raise InputError(f"{name}: expected sound, found a sound file without samples")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    return resample(_finite(name, mono), rate, sampling_rate)
+
+
+def duration(source: str | Path | BinaryIO) -> float:
+    """Seconds of a sound file, as its header says; no sample is read. Errors as ``read_audio``."""
+    with _opened(source) as file:
+        return int(file.frames) / int(file.samplerate)
+
+
+@contextmanager
+def _opened(source: str | Path | BinaryIO) -> Iterator[Any]:
+    """A sound file with a rate that can be worked with; what it raises while it is read is told as InputError too."""
     soundfile = _soundfile()
     name = _name(source)
     if isinstance(source, (str, Path)) and not Path(source).is_file():
@@ -47,16 +70,9 @@ def read_audio(
             rate = int(file.samplerate)
             if not RATES[0] <= rate <= RATES[1]:
                 raise InputError(f"{name}: expected {RATES[0]} to {RATES[1]} samples a second, found {rate}")
-            start, stop = _bounds(name, window, longest, file.frames / rate)
-            if start:
-                file.seek(round(start * rate))
-            samples = file.read(round((stop - start) * rate), dtype="float32", always_2d=True)
+            yield file
     except soundfile.SoundFileError as err:
         raise InputError(f"{name}: expected sound (WAV, FLAC, OGG, MP3), found something else: {err}") from err
-    if samples.size == 0:
-        raise InputError(f"{name}: expected sound, found a sound file without samples")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    return resample(_finite(name, mono), rate, sampling_rate)
 
 
 def heard(

@@ -25,6 +25,12 @@ class Bound:
     positions: int | None = None
 
 
+def bounds_of(frontend: Mapping[str, Any]) -> dict[str, Bound]:
+    """By input, what the manifest's "frontend" says of its model's tables."""
+    own = Bound(frontend.get("source_vocabulary"), frontend.get("source_positions"))
+    return {"input_ids": own, **{name: Bound(**bound) for name, bound in frontend.get("bounds", {}).items()}}
+
+
 def check_inputs(
     spec: GraphSpec,
     inputs: Mapping[str, Any],

@@ -19,7 +19,7 @@ from txopt.runtime.backends.ort import Call, Runner
 from txopt.runtime.counts import allocating, count
 from txopt.runtime.errors import ArtifactError, InputError, UsageError, explain
 from txopt.runtime.graphs import MASKS, Axes, CacheSpec, GraphSpec, source_masks
-from txopt.runtime.inputs import Bound, axes_of, check_inputs
+from txopt.runtime.inputs import axes_of, bounds_of, check_inputs
 from txopt.runtime.opened import mismatches
 from txopt.runtime.strict_json import limited
 
@@ -70,10 +70,7 @@ class Session:
             raise ArtifactError(explain(title, limited(problems)))
         self._masks = source_masks(self.manifest.graphs)
         frontend = self.manifest.frontend
-        self._bounds = {
-            "input_ids": Bound(frontend.get("source_vocabulary"), frontend.get("source_positions")),
-            **{name: Bound(**bound) for name, bound in frontend.get("bounds", {}).items()},
-        }
+        self._bounds = bounds_of(frontend)
         self._samples = frontend.get("least_samples"), frontend.get("most_samples")
 
     def array(self, value: Any) -> Array:

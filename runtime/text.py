@@ -73,6 +73,30 @@ class TextDecoder:
         self._tokenizer = _open(directory / name)
         self._clean_up = bool(frontend.get("clean_up_tokenization_spaces", False))
         self._timestamp_begin: int | None = frontend.get("timestamp_begin")
+        self._unknown_from: int | None = frontend.get("unknown_from")
+        self._prefix: str | None = frontend.get("unknown_prefix")
+        self._unknown = int(frontend.get("unk_token_id") or 0)
+        own_target = "target_tokenizer" in frontend
+        self._target_unknown_from = None if own_target else self._unknown_from
+        # A template of the source's words is not the target's; a speech model's tokenizer repeats the prompt in its own.
+        templated = frontend.get("source_template") is not None and not own_target
+        self._target_special = (
+            bool(frontend.get("add_special_tokens", True)) and not templated and frontend.get("type") != "audio"
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids the tokenizer has."""
+        return self._tokenizer.get_vocab_size()
+
+    def written(self, text: str) -> list[int]:
+        """The ids in which the target's tokenizer writes ``text``, with the special tokens of its own template, without languages.
+
+        What a decoder starts from, and what the generation forces upon it, is not known here.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=self._target_special)
+        ids, beyond = self._known(self._tokenizer, text, encoding), self._target_unknown_from
+        return ids if beyond is None else [self._unknown if token >= beyond else token for token in ids]
 
     def decode(self, ids: ArrayLike) -> str:
         """The text of one sequence, int [L]: what transformers' decode(skip_special_tokens=True) says.
@@ -108,6 +132,19 @@ class TextDecoder:
             kept = [token for token in kept if token < self._timestamp_begin]
         return kept
 
+    def _known(self, tokenizer: "Tokenizer", text: str, encoding: "Encoding") -> list[int]:
+        """The ids of a text, unknown stretches looked up once more."""
+        ids = encoding.ids
+        if self._prefix is None or self._unknown not in ids:
+            return ids
+        unknown = tokenizer.id_to_token(self._unknown)
+        for position, (token, span) in enumerate(zip(encoding.tokens, encoding.offsets, strict=True)):
+            if ids[position] == self._unknown:
+                stretch = text[slice(*span)] if token == unknown else token  # BPE says <unk>, Unigram what it is
+                found = tokenizer.token_to_id(self._prefix + stretch)
+                ids[position] = self._unknown if found is None else found
+        return ids
+
     def _cleaned(self, text: str) -> str:
         if self._clean_up:
             for found, replacement in _CLEAN_UP:
@@ -137,10 +174,7 @@ class TextFrontend(TextDecoder):
         self._limit: int | None = frontend.get("max_source_length")
         self._pad = int(frontend.get("pad_token_id") or 0)
         self._pad_left = frontend.get("padding_side", "right") == "left"
-        self._unknown_from: int | None = frontend.get("unknown_from")
         self._marks: list[str] | None = frontend.get("language_marks")
-        self._prefix: str | None = frontend.get("unknown_prefix")
-        self._unknown = int(frontend.get("unk_token_id") or 0)
         if self._limit is not None:
             room = self._limit - (len(self._template) - 1 if self._template else 0)
             special = self._source.num_special_tokens_to_add(False) if self._special else 0
@@ -202,7 +236,7 @@ class TextFrontend(TextDecoder):
         for index, encoding in enumerate(encodings):
             text, own = parts[index]
             prefix, suffix = self._around(source, own)
-            rows.append([*prefix, *self._known(text, encoding), *suffix])
+            rows.append([*prefix, *self._known(self._source, text, encoding), *suffix])
             if not rows[-1]:
                 problems.append(f"text {index}: {texts[index]!r} has no tokens; leave it out")
             if encoding.overflowing:
@@ -269,19 +303,6 @@ class TextFrontend(TextDecoder):
             f"{key}={chosen!r}: expected one of this model's {len(self._languages)} language codes, such as "
             + ", ".join(close)
         )
-
-    def _known(self, text: str, encoding: "Encoding") -> list[int]:
-        """The ids of a text, unknown stretches looked up once more."""
-        ids = encoding.ids
-        if self._prefix is None or self._unknown not in ids:
-            return ids
-        unknown = self._source.id_to_token(self._unknown)
-        for position, (token, span) in enumerate(zip(encoding.tokens, encoding.offsets, strict=True)):
-            if ids[position] == self._unknown:
-                stretch = text[slice(*span)] if token == unknown else token  # BPE says <unk>, Unigram what it is
-                found = self._source.token_to_id(self._prefix + stretch)
-                ids[position] = self._unknown if found is None else found
-        return ids
 
     def _padded(self, rows: list[list[int]]) -> dict[str, NDArray[np.int64]]:
         width = max(len(row) for row in rows)

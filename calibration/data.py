@@ -1,0 +1,365 @@
+"""Calibration data in, samples out: what calibration feeds a model, and what the references are, as serving would have them.
+
+Owns the order of things: sources are found (sources.py, arrays.py), measured and drawn (choice.py), each chosen one is prepared once
+so that everything that is wrong is known before anything is computed, and hashed. Samples are made when they are asked for: sounds
+and images are read again, nothing of them is kept. Batches are batches.py's.
+"""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from txopt.calibration import arrays as array_data
+from txopt.calibration import synthetic
+from txopt.calibration.choice import POOL, Candidate, Pool, place, spread
+from txopt.calibration.modalities import Arrays, Modality, Texts, digest_of, modality_of
+from txopt.calibration.padding import Feeds, Padding, Sizes
+from txopt.calibration.problems import Problems
+from txopt.calibration.sources import ARRAYS, Source, check_suffix, of_file, of_items
+from txopt.calibration.targets import Ids, Targets, start_of
+from txopt.runtime.errors import InputError
+from txopt.runtime.frontend import kind_of
+from txopt.runtime.manifest import Manifest
+from txopt.runtime.model import Model
+from txopt.runtime.strict_json import show
+from txopt.runtime.text import TextDecoder
+
+logger = logging.getLogger(__name__)
+
+LIMIT = 256  # samples
+Progress = Callable[[int, int], None]  # done, of so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One source as a model sees it.
+
+    Args:
+        feeds: the encoder's inputs by name, [1,...]; of a decoder alone, its prompt's.
+        prompt: int64 [P], what the decoder starts from; empty for a decoder alone, whose ``feeds`` are that, and where there is none.
+        labels: int64 [L], what the decoder should say after the prompt (targets.py); None where there is no reference.
+        reference: the text of it.
+        source: the source, to show.
+        where: where it was found.
+    """
+
+    feeds: Feeds
+    prompt: Ids
+    labels: Ids | None
+    reference: str | None
+    source: str
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of a sample without making it: ``sizes`` that a batch may pad, ``rigid`` ones that it may not."""
+
+    source: Source
+    digest: bytes
+    length: float
+    sizes: Sizes
+    rigid: tuple[int, ...]
+    prompt: Ids
+    labels: Ids | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How much data there is: ``places`` are the sources' tokens, or samples of sound; ``seconds`` of sound, else None."""
+
+    found: int
+    duplicates: int
+    samples: int
+    references: int
+    places: int
+    label_tokens: int
+    seconds: float | None
+
+
+class Samples(Sequence[Sample]):
+    """The samples chosen, in the draw's order; each is made when it is asked for.
+
+    Args:
+        manifest: of the artifact they are for.
+        modality: makes feeds of sources.
+        entries: what is known of each.
+        counts: of them, and of what they were chosen from.
+        options: generation options that belong to all of them, as a forced first token.
+        synthetic: whether nobody gave any data.
+        notices: what was left out or cut; logged already.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        modality: Modality,
+        entries: Sequence[Entry],
+        *,
+        counts: Counts,
+        options: Mapping[str, Any],
+        synthetic: bool,
+        notices: Sequence[str],
+    ) -> None:
+        self.manifest, self.entries, self.counts = manifest, tuple(entries), counts
+        self.options, self.synthetic, self.notices = dict(options), synthetic, tuple(notices)
+        self._modality = modality
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[Sample]": ...
+    def __getitem__(self, index: int | slice) -> "Sample | list[Sample]":
+        """Raises InputError where a file is gone or damaged since it was checked."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        entry = self.entries[index]
+        feeds, _ = _feeds_and_prompt(self._modality, entry.source)
+        value = entry.source.value
+        shown = entry.source.name or (str(value) if isinstance(value, str | Path) else entry.source.where)
+        return Sample(
+            feeds=feeds,
+            prompt=entry.prompt,
+            labels=entry.labels,
+            reference=entry.source.target,
+            source=shown,
+            where=entry.source.where,
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Of what the samples are, sources and references, wherever they lie and in whatever order: 64 hex digits."""
+        return hashlib.sha256(b"".join(sorted(entry.digest for entry in self.entries))).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """What a certificate says of them."""
+        return {"sha256": self.sha256, "synthetic": self.synthetic, **vars(self.counts), "notices": list(self.notices)}
+
+
+def read(
+    data: str | Path | Mapping[str, Any] | Iterable[Any] | None,
+    model: Model,
+    *,
+    limit: int | None = LIMIT,
+    seconds: float | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Samples:
+    """Samples of ``data`` for ``model``.
+
+    Args:
+        data: the path of a .txt, .csv, .jsonl, .tsv or .npz file (sources.py, arrays.py); arrays [n,...] by name; an iterable of
+            sources, of (source, reference) pairs, of mappings with source and target, or of arrays of one sample by name; or None:
+            random sources, with a warning.
+        limit: most samples; None: all there are.
+        seconds: of sound at most, of an artifact that takes sound.
+        seed: of the draw, and of random sources.
+        options: the pipeline's: source_language, target_language; language, task.
+        progress: called with what is done and what there is to do, while the chosen ones are read.
+
+    Raises:
+        InputError: data that cannot be used, for whatever reasons: the first of them with file and line, the rest counted.
+        UsageError: options that this artifact does not have, or arrays for ``limit`` that are none.
+        MissingDependencyError: sound or images are to be read and the package for it is missing.
+    """
+    kind = kind_of(model.manifest.frontend)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit: expected a number of samples of at least 1, or None, found {limit}")
+    if seconds is not None and (kind != "audio" or not seconds > 0):
+        raise InputError(
+            f"seconds={seconds:g}: expected a number above 0, for an artifact that takes audio; it takes {kind}"
+        )
+    problems, padding = Problems(), Padding(model.manifest)
+    name, found, as_arrays = _found(
+        data, model, padding, problems, min(limit or synthetic.COUNT, synthetic.COUNT), seed
+    )
+    modality: Modality = Arrays(padding) if as_arrays or kind == "arrays" else modality_of(model, options or {})
+    pool = _measured(found, modality, limit, seed, problems)
+    title = f"{name}: these data cannot calibrate this artifact, which takes {kind}:"
+    problems.check(title)
+    if not pool.found:
+        raise InputError(f"{name}: expected at least one source, found none")
+    notices = []
+    if data is None:
+        notices.append(
+            f"no calibration data: {pool.found} samples were made up, {synthetic.WHAT[kind]}; ranges found on them are "
+            "guesses, and measured losses mean little: give data of your task"
+        )
+    chosen = spread(pool.candidates(), limit, seconds)
+    prepared = _Prepared(model, modality, padding)
+    for done, candidate in enumerate(chosen):
+        prepared.add(candidate, problems)
+        if progress is not None:
+            progress(done + 1, len(chosen))
+    problems.check(title)
+    notices += prepared.notices(pool.duplicates)
+    for notice in notices:
+        logger.warning("%s: %s", name, notice)
+    return Samples(
+        model.manifest,
+        modality,
+        prepared.entries,
+        counts=prepared.counts(pool, modality.unit),
+        options=prepared.options,
+        synthetic=data is None,
+        notices=notices,
+    )
+
+
+def _found(
+    data: Any, model: Model, padding: Padding, problems: Problems, count: int, seed: int
+) -> tuple[str, Iterator[Source], bool]:
+    """What the data are called, their sources, and whether these are arrays."""
+    kind = kind_of(model.manifest.frontend)
+    if data is None:
+        return "synthetic", synthetic.draw(model, padding, count, seed), False
+    if isinstance(data, str | Path):
+        path = Path(data)
+        check_suffix(path, kind)
+        if path.suffix.lower() == ARRAYS:
+            return str(path), array_data.of_npz(path, padding, problems), True
+        return str(path), of_file(path, kind, problems), False
+    if isinstance(data, Mapping):
+        return "arrays", array_data.of_mapping(data, "arrays", padding, problems), True
+    if not isinstance(data, Iterable) or isinstance(data, bytes | bytearray | np.ndarray):
+        raise InputError(
+            f"expected a path, an iterable of sources, arrays by name, or None, found {type(data).__name__}"
+        )
+    items = iter(data)
+    first = list(itertools.islice(items, 1))
+    every = itertools.chain(first, items)
+    if first and isinstance(first[0], Mapping) and "source" not in first[0]:
+        rows = (array_data.of_item(number, item, padding, problems) for number, item in enumerate(every))
+        return "items", itertools.chain.from_iterable(rows), True
+    if kind == "arrays" and first:
+        raise InputError(
+            f"expected mappings of the encoder's inputs by name, found {show(type(first[0]).__name__)}; "
+            "this artifact has no tokenizer or processor"
+        )
+    return "items", of_items(every, problems), False
+
+
+def _measured(
+    found: Iterable[Source], modality: Modality, limit: int | None, seed: int, problems: Problems
+) -> Pool[Source]:
+    """Every source looked at, the first of the draw kept."""
+    pool: Pool[Source] = Pool(None if limit is None else POOL * limit)
+    for source in found:
+        try:
+            length = modality.length(source)
+        except InputError as err:
+            problems.add(source.where, err)
+            continue
+        target = b"" if source.target is None else b"\0" + source.target.encode("utf-8", "surrogatepass")
+        identity = modality.identity(source) + target + _bytes_of_labels(source)
+        pool.add(Candidate(place=place(seed, identity), length=length, item=source))
+    return pool
+
+
+class _Prepared:
+    """The chosen sources, each made a sample once; what is wrong with it goes to the problems."""
+
+    def __init__(self, model: Model, modality: Modality, padding: Padding) -> None:
+        self.entries: list[Entry] = []
+        self.options: dict[str, Any] = {}
+        self._manifest, self._modality, self._padding = model.manifest, modality, padding
+        self._digests: set[bytes] = set()
+        self._twins = self._cut = self._cut_targets = self._unwritten = 0
+        frontend = model.manifest.frontend
+        named = "tokenizer" in frontend or "target_tokenizer" in frontend
+        self._decoder = TextDecoder(model.artifact.path, frontend) if named else None
+
+    def add(self, candidate: Candidate[Source], problems: Problems) -> None:
+        source = candidate.item
+        try:
+            entry = self._entry(source, candidate.length)
+        except InputError as err:
+            problems.add(source.where, err)
+            return
+        except OSError as err:
+            problems.add(source.where, f"cannot be read: {err.strerror or err}")
+            return
+        if entry.digest in self._digests:
+            self._twins += 1
+            return
+        self._digests.add(entry.digest)
+        self.entries.append(entry)
+
+    def counts(self, pool: Pool[Source], unit: str) -> Counts:
+        labels = [entry.labels for entry in self.entries if entry.labels is not None]
+        return Counts(
+            found=pool.found,
+            duplicates=pool.duplicates + self._twins,
+            samples=len(self.entries),
+            references=len(labels),
+            places=sum(max(entry.sizes.values(), default=0) for entry in self.entries),
+            label_tokens=sum(map(len, labels)),
+            seconds=round(sum(entry.length for entry in self.entries), 3) if unit == "seconds" else None,
+        )
+
+    def notices(self, duplicates: int) -> Iterator[str]:
+        said = {
+            "sources left out, as they were there before with the same reference": duplicates + self._twins,
+            "sources longer than the model reads, and cut as in serving": self._cut,
+            "references longer than the model has positions for, and cut": self._cut_targets,
+            "references left out, as the model's tokenizer cannot write them": self._unwritten,
+        }
+        yield from (f"{what}: {number}" for what, number in said.items() if number)
+
+    def _entry(self, source: Source, length: float) -> Entry:
+        feeds, options = _feeds_and_prompt(self._modality, source)
+        given = options.pop("decoder_input_ids", None)
+        self.options = options
+        prompt, labels = np.zeros(0, np.int64), None
+        if self._manifest.cache is not None:
+            targets = Targets(self._manifest, self._decoder, options)
+            if "encoder" in self._manifest.graphs:
+                prompt = start_of(self._manifest, options) if given is None else given
+            labels = self._labels(targets, source, len(prompt) or feeds["input_ids"].shape[1])
+        if isinstance(self._modality, Texts) and self._modality.is_cut(source):
+            self._cut += 1
+        digest = hashlib.sha256(self._modality.content(source))
+        digest.update(b"" if source.target is None else hashlib.sha256(source.target.encode()).digest())
+        digest.update(_bytes_of_labels(source))
+        return Entry(
+            source=source,
+            digest=digest.digest(),
+            length=length,
+            sizes=self._padding.sizes(feeds),
+            rigid=self._padding.rigid(feeds),
+            prompt=prompt,
+            labels=labels,
+        )
+
+    def _labels(self, targets: Targets, source: Source, prompt: int) -> Ids | None:
+        labels = None if source.labels is None else targets.of_ids(source.labels)
+        if source.target is not None:
+            labels = targets.of_text(source.target)
+            self._unwritten += labels is None
+        if labels is None:
+            return None
+        fitting = targets.fitting(labels, prompt)
+        self._cut_targets += len(fitting) < len(labels)
+        return fitting if len(fitting) else None
+
+
+def _feeds_and_prompt(modality: Modality, source: Source) -> tuple[Feeds, dict[str, Any]]:
+    """The encoder's inputs; a speech model's prompt, int64 [P], is among the options as decoder_input_ids."""
+    feeds, options = modality.feeds(source)
+    rest = {name: value for name, value in feeds.items() if name != "decoder_input_ids"}
+    prompt = feeds.get("decoder_input_ids")
+    return rest, dict(options) if prompt is None else {**options, "decoder_input_ids": prompt[0]}
+
+
+def _bytes_of_labels(source: Source) -> bytes:
+    return b"" if source.labels is None else digest_of({array_data.LABELS: np.asarray(source.labels)})
