@@ -24,7 +24,7 @@ from txopt.runtime.options import GenerationOptions
 Array = NDArray[Any]
 
 # Largest deviation allowed, as a share of the tensor's largest magnitude (at least 1), by the precision that the artifact computes in.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 2e-1, "int4": 2e-1}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from txopt.runtime.alignment import aligned, whole
 from txopt.runtime.arrays import as_array
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
@@ -20,6 +21,7 @@ from txopt.runtime.counts import allocating, count
 from txopt.runtime.errors import ArtifactError, InputError, UsageError, explain
 from txopt.runtime.graphs import MASKS, Axes, CacheSpec, GraphSpec, source_masks
 from txopt.runtime.inputs import axes_of, bounds_of, check_inputs
+from txopt.runtime.manifest import QUANTIZED
 from txopt.runtime.opened import mismatches
 from txopt.runtime.strict_json import limited
 
@@ -72,6 +74,7 @@ class Session:
         frontend = self.manifest.frontend
         self._bounds = bounds_of(frontend)
         self._samples = frontend.get("least_samples"), frontend.get("most_samples")
+        self._aligns = self.manifest.precision in QUANTIZED and self.manifest.cache is not None
 
     def array(self, value: Any) -> Array:
         return next(iter(self._runners.values())).array(value)
@@ -89,6 +92,8 @@ class Session:
         feeds = check_inputs(
             self.manifest.graphs["encoder"], inputs, masks=self._masks, bounds=self._bounds, samples=self._samples
         )
+        if self._aligns:
+            feeds = aligned(self.manifest.graphs["encoder"], feeds, self._masks, self._bounds)
         values = runner.run(feeds)
         made = {name: values.get(f"{MASKS}{name}") for name in self._masks}
         masks = {name: feeds[name] if mask is None else runner.array(mask) for name, mask in made.items()}
@@ -249,7 +254,7 @@ class RowDecoder:
         if needed <= self._capacity:
             return
         rows, capacity = len(self._position), max(needed, 2 * self._capacity, FIRST_BUCKET)
-        capacity = capacity if self.max_length is None else min(capacity, self.max_length)
+        capacity = whole(capacity, self.max_length)
         shape = (rows, self._cache.heads, capacity, self._cache.head_size)
         with allocating(self._size(rows, capacity), rows):
             for name in self.names:

@@ -77,6 +77,10 @@ class ArtifactWriter:
         entries = {name: FileEntry(size=path.stat().st_size, sha256="") for name, path in self._files().items()}
         return Artifact(path=self.directory, manifest=replace(manifest, files=entries))
 
+    def staged(self, manifest: Manifest) -> Artifact:
+        """``draft``, hashed: what others may refer to by its hash before it is committed."""
+        return Artifact(path=self.directory, manifest=replace(manifest, files=self._hashed()))
+
     def commit(self, manifest: Manifest) -> Artifact:
         """Make the files in ``directory`` the artifact at ``out``; ``manifest.files`` is filled in here.
 

@@ -1,11 +1,12 @@
 """What ONNX Runtime (1.30 to 1.32) needs that the ONNX standard does not ask for. The graphs stay standard ONNX."""
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
 
 from txopt.exporter.graph import integers
+from txopt.exporter.lowering.blocks import lower_blocks
 from txopt.exporter.lowering.heads import join_heads
+from txopt.exporter.lowering.storage import store
+from txopt.runtime.manifest import QUANTIZED
 
 
 def lower(model: ir.Model, precision: str) -> None:
@@ -15,28 +16,13 @@ def lower(model: ir.Model, precision: str) -> None:
 
 
 def lower_for_cpu(model: ir.Model, precision: str) -> None:
-    """``lower``, and bfloat16 weights under float32 arithmetic, for the CPU provider has no bfloat16 kernels."""
+    """``lower``; then the CPU provider's own operators for blocks of integers, and constants in two bytes where that is enough."""
     lower(model, precision)
     if precision == "bf16":
-        _store_as_bfloat16(model.graph)
-
-
-def _store_as_bfloat16(graph: ir.Graph) -> None:
-    """Float32 weights that lose nothing by it go into the file as bfloat16 and are widened when they are loaded."""
-    for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 2:
-            continue
-        narrow = tensor.numpy().astype(ml_dtypes.bfloat16)
-        if not np.array_equal(narrow.astype(np.float32), tensor.numpy(), equal_nan=True):
-            continue  # kept wide on purpose, or computed by the trace
-        value.const_value = ir.Tensor(narrow, name=value.name)
-        uses, value.type = list(value.uses()), ir.TensorType(ir.DataType.BFLOAT16)
-        cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}, name=f"{value.name}/widened")
-        cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.FLOAT)
-        graph.insert_before(next(iter(graph)), cast)
-        for user, index in uses:
-            user.replace_input_with(index, cast.outputs[0])
+        store(model.graph, ir.DataType.BFLOAT16)
+    if precision in QUANTIZED:
+        lower_blocks(model)
+        store(model.graph, ir.DataType.FLOAT16)
 
 
 def _widen_masks(model: ir.Model) -> None:
