@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from txopt.calibration.data import Entry, Samples
 from txopt.calibration.padding import Feeds, Padding
+from txopt.calibration.samples import Entry, Samples
 from txopt.calibration.targets import IGNORED, Ids
 from txopt.runtime.counts import count
 

@@ -1,17 +1,16 @@
 """Calibration data in, samples out: what calibration feeds a model, and what the references are, as serving would have them.
 
 Owns the order of things: sources are found (sources.py, arrays.py), measured and drawn (choice.py), each chosen one is prepared once
-so that everything that is wrong is known before anything is computed, and hashed. Samples are made when they are asked for: sounds
-and images are read again, nothing of them is kept. Batches are batches.py's.
+so that everything that is wrong is known before anything is computed, and hashed. Nothing of a sound or an image is kept: samples
+(samples.py) are made when they are asked for. Batches are batches.py's.
 """
 
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +18,13 @@ from txopt.calibration import arrays as array_data
 from txopt.calibration import synthetic
 from txopt.calibration.choice import POOL, Candidate, Pool, place, spread
 from txopt.calibration.modalities import Arrays, Modality, Texts, digest_of, modality_of
-from txopt.calibration.padding import Feeds, Padding, Sizes
+from txopt.calibration.padding import Padding
 from txopt.calibration.problems import Problems
+from txopt.calibration.samples import Counts, Entry, Samples, feeds_and_prompt
 from txopt.calibration.sources import ARRAYS, Source, check_suffix, of_file, of_items
 from txopt.calibration.targets import Ids, Targets, start_of
 from txopt.runtime.errors import InputError
 from txopt.runtime.frontend import kind_of
-from txopt.runtime.manifest import Manifest
 from txopt.runtime.model import Model
 from txopt.runtime.strict_json import show
 from txopt.runtime.text import TextDecoder
@@ -34,115 +33,6 @@ logger = logging.getLogger(__name__)
 
 LIMIT = 256  # samples
 Progress = Callable[[int, int], None]  # done, of so many
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One source as a model sees it.
-
-    Args:
-        feeds: the encoder's inputs by name, [1,...]; of a decoder alone, its prompt's.
-        prompt: int64 [P], what the decoder starts from; empty for a decoder alone, whose ``feeds`` are that, and where there is none.
-        labels: int64 [L], what the decoder should say after the prompt (targets.py); None where there is no reference.
-        reference: the text of it.
-        source: the source, to show.
-        where: where it was found.
-    """
-
-    feeds: Feeds
-    prompt: Ids
-    labels: Ids | None
-    reference: str | None
-    source: str
-    where: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What is known of a sample without making it: ``sizes`` that a batch may pad, ``rigid`` ones that it may not."""
-
-    source: Source
-    digest: bytes
-    length: float
-    sizes: Sizes
-    rigid: tuple[int, ...]
-    prompt: Ids
-    labels: Ids | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """How much data there is: ``places`` are the sources' tokens, or samples of sound; ``seconds`` of sound, else None."""
-
-    found: int
-    duplicates: int
-    samples: int
-    references: int
-    places: int
-    label_tokens: int
-    seconds: float | None
-
-
-class Samples(Sequence[Sample]):
-    """The samples chosen, in the draw's order; each is made when it is asked for.
-
-    Args:
-        manifest: of the artifact they are for.
-        modality: makes feeds of sources.
-        entries: what is known of each.
-        counts: of them, and of what they were chosen from.
-        options: generation options that belong to all of them, as a forced first token.
-        synthetic: whether nobody gave any data.
-        notices: what was left out or cut; logged already.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        modality: Modality,
-        entries: Sequence[Entry],
-        *,
-        counts: Counts,
-        options: Mapping[str, Any],
-        synthetic: bool,
-        notices: Sequence[str],
-    ) -> None:
-        self.manifest, self.entries, self.counts = manifest, tuple(entries), counts
-        self.options, self.synthetic, self.notices = dict(options), synthetic, tuple(notices)
-        self._modality = modality
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[Sample]": ...
-    def __getitem__(self, index: int | slice) -> "Sample | list[Sample]":
-        """Raises InputError where a file is gone or damaged since it was checked."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        entry = self.entries[index]
-        feeds, _ = _feeds_and_prompt(self._modality, entry.source)
-        value = entry.source.value
-        shown = entry.source.name or (str(value) if isinstance(value, str | Path) else entry.source.where)
-        return Sample(
-            feeds=feeds,
-            prompt=entry.prompt,
-            labels=entry.labels,
-            reference=entry.source.target,
-            source=shown,
-            where=entry.source.where,
-        )
-
-    @property
-    def sha256(self) -> str:
-        """Of what the samples are, sources and references, wherever they lie and in whatever order: 64 hex digits."""
-        return hashlib.sha256(b"".join(sorted(entry.digest for entry in self.entries))).hexdigest()
-
-    def to_json(self) -> dict[str, Any]:
-        """What a certificate says of them."""
-        return {"sha256": self.sha256, "synthetic": self.synthetic, **vars(self.counts), "notices": list(self.notices)}
 
 
 def read(
@@ -162,14 +52,14 @@ def read(
             sources, of (source, reference) pairs, of mappings with source and target, or of arrays of one sample by name; or None:
             random sources, with a warning.
         limit: most samples; None: all there are.
-        seconds: of sound at most, of an artifact that takes sound.
+        seconds: of sound at most, of an artifact that takes sound; features in arrays have no seconds, ``limit`` alone bounds these.
         seed: of the draw, and of random sources.
         options: the pipeline's: source_language, target_language; language, task.
         progress: called with what is done and what there is to do, while the chosen ones are read.
 
     Raises:
         InputError: data that cannot be used, for whatever reasons: the first of them with file and line, the rest counted.
-        UsageError: options that this artifact does not have, or arrays for ``limit`` that are none.
+        UsageError: options that this artifact does not have.
         MissingDependencyError: sound or images are to be read and the package for it is missing.
     """
     kind = kind_of(model.manifest.frontend)
@@ -195,7 +85,7 @@ def read(
             f"no calibration data: {pool.found} samples were made up, {synthetic.WHAT[kind]}; ranges found on them are "
             "guesses, and measured losses mean little: give data of your task"
         )
-    chosen = spread(pool.candidates(), limit, seconds)
+    chosen = spread(pool.candidates(), limit, seconds if modality.unit == "seconds" else None)
     prepared = _Prepared(model, modality, padding)
     for done, candidate in enumerate(chosen):
         prepared.add(candidate, problems)
@@ -317,7 +207,7 @@ class _Prepared:
         yield from (f"{what}: {number}" for what, number in said.items() if number)
 
     def _entry(self, source: Source, length: float) -> Entry:
-        feeds, options = _feeds_and_prompt(self._modality, source)
+        feeds, options = feeds_and_prompt(self._modality, source)
         given = options.pop("decoder_input_ids", None)
         self.options = options
         prompt, labels = np.zeros(0, np.int64), None
@@ -351,14 +241,6 @@ class _Prepared:
         fitting = targets.fitting(labels, prompt)
         self._cut_targets += len(fitting) < len(labels)
         return fitting if len(fitting) else None
-
-
-def _feeds_and_prompt(modality: Modality, source: Source) -> tuple[Feeds, dict[str, Any]]:
-    """The encoder's inputs; a speech model's prompt, int64 [P], is among the options as decoder_input_ids."""
-    feeds, options = modality.feeds(source)
-    rest = {name: value for name, value in feeds.items() if name != "decoder_input_ids"}
-    prompt = feeds.get("decoder_input_ids")
-    return rest, dict(options) if prompt is None else {**options, "decoder_input_ids": prompt[0]}
 
 
 def _bytes_of_labels(source: Source) -> bytes:

@@ -38,7 +38,8 @@ def covering(rows: NDArray[np.float32], scheme: BlockScheme, part: float = 1.0) 
     low = part * np.minimum(rows.min(axis=0), 0).astype(np.float64)
     high = part * np.maximum(rows.max(axis=0), 0).astype(np.float64)
     scales = _scales((high - low) / scheme.highest)
-    return Grid(scales, whole_zeros(-low / scales, scheme))
+    zeros = np.clip(np.rint(-low / scales), scheme.lowest, scheme.highest)
+    return Grid(scales, zeros.astype(np.float32))
 
 
 def encode(rows: NDArray[np.float32], grid: Grid, scheme: BlockScheme) -> Codes:
@@ -57,11 +58,6 @@ def decode(codes: Codes, grid: Grid) -> NDArray[np.float32]:
         values -= grid.zeros
     values *= grid.scales
     return values
-
-
-def whole_zeros(zeros: NDArray[np.floating], scheme: BlockScheme) -> NDArray[np.float32]:
-    """Zero points as codes: whole, and within the scheme's."""
-    return np.clip(np.rint(zeros), scheme.lowest, scheme.highest).astype(np.float32)
 
 
 def _scales(steps: NDArray[np.float64]) -> NDArray[np.float32]:

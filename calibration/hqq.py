@@ -4,10 +4,11 @@ Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Mod
 sum |w - q|^p, p = 0.7, over a block's grid, by turns: a part e of the error r = w - q is set aside by shrinkage,
 e = sign(r) max(|r| - |r|^(p-1) / beta, 0), then the grid is fitted to the rest, w - e, by least squares, and beta grows.
 
-The paper fits the zero point alone, a real number. Here zero points are codes, and a fitted one mostly rounds to what it was. So
-the scale is fitted too, to the same target: scale = <l, w - e> / <l, l> for levels l = code - zero. In a symmetric scheme it is all
-that is fitted. Shrinkage measures r in parts of the block's largest value, so that a weight and its double have the same codes.
-Each block keeps the best grid it has seen, by sum |w - q|; the first is the one that covers its range.
+The paper fits the zero point, a real number, and leaves the scale. Here zero points are codes, which every engine reads, and the
+fitted zero point of a turn, rounded, is the one it started from, in every weight tried. So here the scale is fitted, to the same
+target: scale = <l, w - e> / <l, l> for levels l = code - zero. The zero point stays where the range puts it. Shrinkage measures r
+in parts of the block's largest value, so that a weight and its double have the same codes. Each block keeps the best grid it has
+seen, by sum |w - q|; the first is the one that covers its range.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from txopt.calibration.blocks import Blocks, BlockScheme, Codes
 from txopt.calibration.clipping import selected
-from txopt.calibration.grid import LEAST_SCALE, Grid, covering, decode, encode, whole_zeros
+from txopt.calibration.grid import LEAST_SCALE, Grid, covering, decode, encode
 from txopt.calibration.rounding import round_to_nearest
 
 # The constants of the published code.
@@ -51,7 +52,7 @@ def half_quadratic(rows: NDArray[np.float32], scheme: BlockScheme) -> Grid:
             break
         best = selected(better, grid, best)
         least = np.where(better, total, least)
-        grid = _fitted(rows - amax * _aside(errors / amax, beta), codes, grid, scheme)
+        grid = _fitted(rows - amax * _aside(errors / amax, beta), codes, grid)
         beta *= _GROWTH
     return best
 
@@ -62,13 +63,9 @@ def _aside(errors: NDArray[np.float32], beta: float) -> NDArray[np.float32]:
     return np.sign(errors) * np.maximum(sizes - sizes ** (_NORM - 1) / beta, 0)
 
 
-def _fitted(target: NDArray[np.float32], codes: Codes, grid: Grid, scheme: BlockScheme) -> Grid:
-    """The grid on which ``codes`` come closest to ``target`` [b,N]: zero point first, then the scale."""
-    levels = codes.astype(np.float32)
-    zeros = grid.zeros
-    if zeros is not None:
-        zeros = whole_zeros((levels - target / grid.scales).mean(axis=0), scheme)
-        levels -= zeros
+def _fitted(target: NDArray[np.float32], codes: Codes, grid: Grid) -> Grid:
+    """The grid on which ``codes`` come closest to ``target`` [b,N], with the zero points of ``grid``."""
+    levels = decode(codes, Grid(np.ones_like(grid.scales), grid.zeros))
     squares = np.einsum("kn,kn->n", levels, levels)
     scales = np.einsum("kn,kn->n", levels, target) / np.maximum(squares, 1)
-    return Grid(np.where(scales >= LEAST_SCALE, scales, grid.scales), zeros)
+    return Grid(np.where(scales >= LEAST_SCALE, scales, grid.scales), grid.zeros)

@@ -10,6 +10,11 @@ from txopt.runtime.graphs import GraphSpec
 from txopt.runtime.model import Model
 
 VOCABULARY = 2048
+RATE = 16_000
+WAVEFORM = {"type": "waveform", "sampling_rate": RATE, "padding_value": 0.0, "least_samples": 400, "most_samples": RATE}
+SOUND_INPUTS = (tensor("input_values", "float32", "B", "N"), tensor("attention_mask", "int64", "B", "N"))
+IMAGE = {"type": "image", "do_resize": True, "size": {"height": 8, "width": 8}}
+IMAGE_INPUTS = (tensor("pixel_values", "float32", "B", 3, 8, 8),)
 
 
 def model(

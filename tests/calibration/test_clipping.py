@@ -55,6 +55,13 @@ def test_moments_of_the_inputs_lower_the_output_s_error_on_other_rows(symmetric:
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_a_value_whose_input_was_never_seen_is_not_given_away() -> None:
+    weight = np.array([[10], *[[0.1]] * 8, [-0.3], [0.7], [1.1], [-0.9], [0.2], [-1.3], [0.4]], np.float32)
+    scheme = BlockScheme(bits=8, block=16)
+    moments = np.diag([0.0, *[1.0] * 15])
+    assert np.abs(dequantize(clip(weight, scheme, moments=moments)) - weight).max() < 0.1
+
+
 def test_moments_of_another_weight_are_refused() -> None:
     with pytest.raises(InputError, match=r"weight fc1: expected second moments \[8,8\] of its inputs, got \[7, 7\]"):
         clip(normal(8, 2), BlockScheme(), moments=np.eye(7), name="fc1")

@@ -8,22 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
-from PIL import Image
 
-from tests.calibration.models import model
+from tests.calibration.models import IMAGE, IMAGE_INPUTS, SOUND_INPUTS, WAVEFORM, model
 from tests.runtime.artifacts import tensor
 from tests.runtime.test_audio import FRONTEND as AUDIO
-from txopt.calibration.data import Samples, read
+from txopt.calibration.data import read
+from txopt.calibration.samples import Samples
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError
 from txopt.runtime.model import Model, load
 
-RATE = 16_000
-WAVEFORM = {"type": "waveform", "sampling_rate": RATE, "padding_value": 0.0, "least_samples": 400, "most_samples": RATE}
-SOUND_INPUTS = (tensor("input_values", "float32", "B", "N"), tensor("attention_mask", "int64", "B", "N"))
-IMAGE = {"type": "image", "do_resize": True, "size": {"height": 8, "width": 8}}
-IMAGE_INPUTS = (tensor("pixel_values", "float32", "B", 3, 8, 8),)
 WORDS = {"cat": "K AE1 T", "dog": "D AA1 G", "transformer": "T R AE0 N S F AO1 R M ER0", "frog": "F R AA1 G"}
 
 
@@ -83,6 +77,7 @@ def test_the_draw_and_the_hash_know_neither_order_nor_path_nor_format(reader: Mo
     assert again.sha256 == first.sha256
     assert len(first) == 20
     assert read(items, reader, limit=20, seed=1).sha256 != first.sha256
+    assert read(items, reader, limit=None, seed=1).sha256 == read(items, reader, limit=None).sha256
     assert read([*WORDS.items()], reader).sha256 != read([*WORDS], reader).sha256
 
 
@@ -212,105 +207,6 @@ def test_an_artifact_of_arrays_takes_arrays_alone(tmp_path: Path) -> None:
     assert len(read({"input_ids": [[5, 6], [7, 8]]}, plain)) == 2
     with pytest.raises(InputError, match="expected mappings of the encoder's inputs by name, found 'str'"):
         read(["cat"], plain)
-
-
-# Sounds and images
-
-
-def wav(path: Path, seconds: float, seed: int = 0) -> Path:
-    samples = np.random.default_rng(seed).normal(0, 0.1, int(seconds * RATE)).astype(np.float32)
-    soundfile.write(path, samples, RATE)
-    return path
-
-
-@pytest.fixture
-def hears(tmp_path: Path) -> Model:
-    return model(tmp_path, AUDIO, inputs=(tensor("input_features", "float32", "B", 80, 3000),))
-
-
-def test_sounds_are_read_when_they_are_asked_for(hears: Model, tmp_path: Path) -> None:
-    for number, seconds in enumerate((0.5, 1.0, 1.5, 0.5)):
-        wav(tmp_path / f"{number}.wav", seconds, seed=number % 3)
-    (tmp_path / "a.tsv").write_text("".join(f"{number}.wav\t\n" for number in range(4)))
-    samples = read(tmp_path / "a.tsv", hears)
-    assert samples.counts.seconds == 3.0  # the last is the first under another name
-    assert samples.counts.duplicates == 1
-    feeds = samples[0].feeds
-    assert feeds.keys() == {"input_features"}
-    expected = read([tmp_path / samples[0].source], hears)[0].feeds
-    np.testing.assert_array_equal(feeds["input_features"], expected["input_features"])
-    assert samples[0].prompt.tolist() == [0]
-    (tmp_path / samples[0].source).unlink()
-    with pytest.raises(InputError, match="no such file"):
-        samples[0]
-
-
-def test_a_data_set_that_moved_is_the_same_data(hears: Model, tmp_path: Path) -> None:
-    for folder, names in (("one", "ab"), ("two", "dc")):
-        (tmp_path / folder).mkdir()
-        for seed, name in enumerate(names):
-            wav(tmp_path / folder / f"{name}.wav", 0.5, seed)
-        (tmp_path / folder / "a.tsv").write_text("".join(f"{name}.wav\t{i}\n" for i, name in enumerate(names)))
-    assert read(tmp_path / "one/a.tsv", hears).sha256 == read(tmp_path / "two/a.tsv", hears).sha256
-
-
-def test_as_many_seconds_as_asked_for(hears: Model) -> None:
-    noise = np.random.default_rng(0).normal(0, 0.1, (40, RATE)).astype(np.float32)
-    samples = read([row[: 400 * (n + 1)] for n, row in enumerate(noise)], hears, seconds=5.0)
-    assert samples.counts.seconds is not None
-    assert 2.5 < samples.counts.seconds <= 5.0
-    assert samples.counts.found == 40
-
-
-def test_what_is_wrong_with_sounds_is_told_with_their_lines(hears: Model, tmp_path: Path) -> None:
-    wav(tmp_path / "long.wav", 30.5)
-    wav(tmp_path / "good.wav", 0.5)
-    (tmp_path / "text.wav").write_text("not a sound")
-    (tmp_path / "folder").mkdir()
-    lines = ["long.wav\ta", "good.wav\tb", "text.wav\tc", "none.wav\td", "folder\te", "\tf"]
-    (tmp_path / "a.tsv").write_text("\n".join(lines))
-    with pytest.raises(InputError) as raised:
-        read(tmp_path / "a.tsv", hears)
-    message = str(raised.value)
-    assert "which takes audio" in message
-    for part in (
-        "a.tsv:1: expected at most 30 s, all that the model hears at once, found 30.50",
-        f"a.tsv:3: {tmp_path / 'text.wav'}: expected sound",
-        "a.tsv:4: expected the path of an audio file, found no such file: 'none.wav'",
-        "a.tsv:5: expected the path of an audio file, found a folder: 'folder'",
-        "a.tsv:6: expected a file before the text",
-    ):
-        assert part in message
-    assert "a.tsv:2" not in message
-
-
-def test_a_damaged_sound_is_told_before_anything_is_computed(hears: Model) -> None:
-    damaged = np.full(RATE, np.nan, np.float32)
-    with pytest.raises(InputError, match=r"item 1: .*expected finite samples"):
-        read([np.zeros(RATE, np.float32), damaged], hears)
-    with pytest.raises(InputError, match="item 0: expected a path or a float array of samples, found list"):
-        read([[0.0, 0.5, 0.0]], hears)
-
-
-def test_samples_of_sound(tmp_path: Path) -> None:
-    plain = model(tmp_path, WAVEFORM, inputs=SOUND_INPUTS)
-    samples = read([(np.zeros(500, np.float32), None), np.ones(900, np.float32)], plain)
-    assert sorted(sample.feeds["input_values"].shape for sample in samples) == [(1, 500), (1, 900)]
-    with pytest.raises(InputError, match=r"(?s)item 0: .*at most 1 s.*item 1: .*at least 0.025 s"):
-        read([np.zeros(2 * RATE, np.float32), np.zeros(300, np.float32)], plain)
-
-
-def test_images(tmp_path: Path) -> None:
-    sees = model(tmp_path, IMAGE, inputs=IMAGE_INPUTS)
-    Image.new("RGB", (9, 7), "red").save(tmp_path / "red.png")
-    (tmp_path / "a.tsv").write_text("red.png\n")
-    samples = read(tmp_path / "a.tsv", sees)
-    assert samples[0].feeds["pixel_values"].shape == (1, 3, 8, 8)
-    assert samples[0].source == "red.png"
-    (tmp_path / "a.tsv").write_text("red.png\na.tsv\n")
-    with pytest.raises(InputError, match=r"a\.tsv:2: .*expected an image"):
-        read(tmp_path / "a.tsv", sees)
-    assert len(read([Image.new("RGB", (9, 7)), Image.new("L", (9, 7))], sees)) == 2
 
 
 # Nothing

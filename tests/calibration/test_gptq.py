@@ -91,7 +91,7 @@ def by_the_book(weight: NDArray[np.float32], moments: NDArray[np.float64], schem
 @pytest.mark.parametrize("block", [16, 128])
 def test_codes_are_those_of_the_paper_s_equation(symmetric: bool, block: int) -> None:
     scheme = BlockScheme(bits=4, block=block, symmetric=symmetric)
-    weight, moments = normal(200, 16), second_moments(correlated(2000, 200))
+    weight, moments = normal(140, 16), second_moments(correlated(1000, 140))
     blocks = gptq(weight, moments, scheme, choose=lambda rows, _: covering(rows, scheme))
     book = by_the_book(weight, moments, scheme)
     assert np.isclose(dequantize(blocks), book, rtol=1e-4, atol=1e-4).mean() > 0.98  # float32 can tip a half

@@ -47,6 +47,15 @@ def test_four_bits_gain(block: int, symmetric: bool) -> None:
     assert np.square(dequantize(fitted) - weight).sum() < 0.97 * np.square(dequantize(nearest) - weight).sum()
 
 
+def test_outliers_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In large blocks, whose few large values would keep the steps wide; no error counts as an outlier where beta is next to 0."""
+    scheme = BlockScheme(bits=4, block=256)
+    weight = heavy_tailed(1024, 48)
+    aside = absolute(hqq(weight, scheme), weight).sum()
+    monkeypatch.setattr("txopt.calibration.hqq._BETA", 1e-9)
+    assert aside < 0.97 * absolute(hqq(weight, scheme), weight).sum()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_weight_and_its_double_have_the_same_codes(scheme: BlockScheme) -> None:
     weight = heavy_tailed(100, 8)
