@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from txopt.calibration.agreement import Agreement, Pair, choices, divergences
 from txopt.calibration.batches import Batch, batches
-from txopt.calibration.data import Samples
+from txopt.calibration.samples import Samples
 from txopt.runtime.frontend import kind_of
 from txopt.runtime.model import Model
 from txopt.runtime.options import GenerationOptions

@@ -19,10 +19,11 @@ import onnx_ir as ir
 from txopt import __version__
 from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.blocks import Blocks, BlockScheme
-from txopt.calibration.data import LIMIT, Samples, read
+from txopt.calibration.data import LIMIT, read
 from txopt.calibration.linears import Role, reads
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.reanswer import reanswer
+from txopt.calibration.samples import Samples
 from txopt.calibration.weights import Method, quantize
 from txopt.exporter import graph as graphs
 from txopt.exporter import weights
