@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
+from tests.exporter.cacheless import Learned
 from txopt.examples.g2p.model import G2P, factory
 from txopt.exporter.custom import DecodeCache
 from txopt.exporter.pipeline import export
@@ -218,6 +220,68 @@ def test_a_module_goes_on_as_it_was(tmp_path: Path) -> None:
     assert module.training
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+class DroppingTokens(Tiny):
+    """torch's functional dropout drops unless it is told not to."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return dropout(super().embed(ids), 0.1)
+
+
+class DroppingLogits(Tiny):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        return dropout(super().decode(tokens, memory, cache), 0.1)
+
+
+class DroppingPositions(Learned):
+    def placed(self, x: Tensor) -> Tensor:
+        return x + dropout(self.places(torch.arange(x.shape[1])), 0.1)
+
+
+class AlwaysTraining(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def eval(self) -> "AlwaysTraining":
+        return self
+
+    def embed(self, ids: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(super().embed(ids))
+        return dropped
+
+
+class Training(Tiny):
+    """Dropout that evaluation turns off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+        self.train()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(super().embed(ids))
+        return dropped
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (DroppingTokens, "encode"),
+        (DroppingLogits, "decode"),
+        (DroppingPositions, "decode"),
+        (AlwaysTraining, "encode"),
+    ],
+)
+def test_a_module_that_answers_at_random_is_told_so(kind: type[nn.Module], part: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=rf"different answers to equal inputs: {part}\(\).*dropout"):
+        export(kind(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dropout_that_evaluation_turns_off_is_no_chance(tmp_path: Path) -> None:
+    assert export(Training(), tmp_path / "out").manifest.parity["passed"]
 
 
 class Locked(Tiny):
