@@ -3,15 +3,14 @@
 Reads config.json and safetensors; never a pickle, never the network.
 """
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 
+from txopt.exporter.borrowed import borrowed
 from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
 from txopt.exporter.huggingface import HuggingFaceSource
@@ -74,12 +73,6 @@ def adopt(module: PreTrainedModel, dtype: torch.dtype) -> HuggingFaceSource:
         raise SourceError(f"{name} cannot be copied ({str(err).strip().splitlines()[0]}); {advice}") from err
     make_tables(copied, dtype)
     return HuggingFaceSource(copied, family)
-
-
-def borrowed(module: nn.Module) -> Any:
-    """A copy of ``module`` over the same numbers: frozen or set to another mode, it does nothing to the original."""
-    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in module.parameters()}
-    return copy.deepcopy(module, {**shared, **{id(buffer): buffer for buffer in module.buffers()}})
 
 
 def _body(architecture: Any, directory: Path) -> Any:

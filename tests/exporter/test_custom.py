@@ -15,6 +15,7 @@ from tests.exporter.cacheless import Learned
 from txopt.examples.g2p.model import G2P, factory
 from txopt.exporter.custom import DecodeCache
 from txopt.exporter.pipeline import export
+from txopt.exporter.precision import DTYPES
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
@@ -284,15 +285,52 @@ def test_dropout_that_evaluation_turns_off_is_no_chance(tmp_path: Path) -> None:
     assert export(Training(), tmp_path / "out").manifest.parity["passed"]
 
 
+def state_of(module: nn.Module) -> list[Any]:
+    """What an export could change of a module: its modes, and its tensors' dtypes, numbers and readiness to be trained."""
+    modes = [part.training for part in module.modules()]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [*modes, *((name, value.dtype, value.requires_grad, value.tolist()) for name, value in tensors)]
+
+
 class Locked(Tiny):
     """What cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.Lock()
+        self.register_buffer("scale", torch.ones(16))
 
 
-def test_a_module_that_cannot_be_copied_is_taken_itself(tmp_path: Path) -> None:
+class LockedAndFailing(Locked):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_module_that_cannot_be_copied_goes_on_as_it_was(precision: str, tmp_path: Path) -> None:
+    module = Locked().to(DTYPES[precision]).train()
+    before = state_of(module)
+    export(module, tmp_path / "out", precision=precision)
+    assert state_of(module) == before
+
+
+def test_a_module_that_cannot_be_copied_goes_on_as_it_was_when_it_is_refused(tmp_path: Path) -> None:
+    module = LockedAndFailing().train()
+    before = state_of(module)
+    with pytest.raises(SourceError, match="trial call failed"):
+        export(module, tmp_path / "out")
+    assert state_of(module) == before
+
+
+def test_buffers_of_a_module_stay_as_narrow_as_they_were(tmp_path: Path) -> None:
+    module = Tiny()
+    module.register_buffer("scale", torch.ones(16))
+    before = state_of(module.bfloat16())
+    export(module, tmp_path / "out", precision="bf16")
+    assert state_of(module) == before
+
+
+def test_a_module_that_cannot_be_copied_is_exported_all_the_same(tmp_path: Path) -> None:
     assert export(Locked(), tmp_path / "out").manifest.family == "custom"
     with pytest.raises(SourceError, match=r"Locked cannot be copied .* is not torch\.float32; give it in that dtype"):
         export(Locked().half(), tmp_path / "half")
