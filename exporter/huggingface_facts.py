@@ -105,8 +105,8 @@ def _attribute(config: Any, path: str) -> int:
             value = value[int(name)] if isinstance(value, (list, tuple)) else value
         elif not hasattr(value, name):
             raise SourceError(
-                f"the model's configuration has no {path}, a size that txopt needs; a model of another kind goes through the custom door "
-                "(docs/custom-models.md)"
+                f"the model's configuration has no {path}, a size that txopt needs; a model of another kind goes through the custom "
+                "door (docs/custom-models.md)"
             )
         else:
             value = getattr(value, name)
@@ -134,4 +134,6 @@ def check_limits(facts: Facts, family: Family) -> None:
         if name is not None and size is not None and size < LEAST_POSITIONS
     ]
     if problems:
-        raise SourceError(explain("the model's configuration has too few positions to run; use a model with more:", problems))
+        raise SourceError(
+            explain("the model's configuration has too few positions to run; use a model with more:", problems)
+        )
