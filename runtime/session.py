@@ -18,7 +18,7 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
 from txopt.runtime.counts import allocating, count
 from txopt.runtime.errors import ArtifactError, InputError, TxoptError, UsageError, explain
-from txopt.runtime.graphs import MASKS, Axes, CacheSpec, GraphSpec, source_masks
+from txopt.runtime.graphs import MASKS, Axes, CacheSpec, GraphSpec, frame_masks, source_masks
 from txopt.runtime.inputs import Bound, axes_of, check_inputs
 from txopt.runtime.opened import mismatches
 from txopt.runtime.strict_json import limited, show
@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoder's results, where the engine left them, by output name; ``masks`` int64 [B,T] by input name."""
+    """The encoder's results, where the engine left them, by output name; ``masks`` int64 [B,T] by the name that such an input has."""
 
     batch: int
     values: dict[str, Any]
@@ -68,7 +68,7 @@ class Session:
                 "swapped?); export it again:"
             )
             raise ArtifactError(explain(title, limited(problems)))
-        self._masks = source_masks(self.manifest.graphs)
+        self._masks, self._made = source_masks(self.manifest.graphs), frame_masks(self.manifest.graphs)
         frontend = self.manifest.frontend
         self._bounds = {
             "input_ids": Bound(frontend.get("source_vocabulary"), frontend.get("source_positions")),
@@ -93,8 +93,8 @@ class Session:
             self.manifest.graphs["encoder"], inputs, masks=self._masks, bounds=self._bounds, samples=self._samples
         )
         values = runner.run(feeds)
-        made = {name: values.get(f"{MASKS}{name}") for name in self._masks}
-        masks = {name: feeds[name] if mask is None else runner.array(mask) for name, mask in made.items()}
+        masks = {name: feeds[name] for name in self._masks}
+        masks |= {name.removeprefix(MASKS): runner.array(values[name]) for name in self._made}
         return Encoded(len(next(iter(feeds.values()))), values, masks)
 
     def decoder(self, encoded: Encoded | None, *, beams: int = 1, batch: int = 1) -> "RowDecoder":
