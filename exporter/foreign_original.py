@@ -14,9 +14,10 @@ import onnx_ir as ir
 
 from txopt.exporter.foreign_feeds import Array, Sizes, axes, candidates, draw, symbols, text
 from txopt.runtime.backends.ort import Runner
-from txopt.runtime.errors import InputError, SourceError, TxoptError
+from txopt.runtime.errors import InputError, SourceError, TxoptError, explain
 
 _SETS = 2
+_NOT_IN_NUMPY = ("bfloat16", "float8", "float4")
 _MOST_TRIALS = 40  # of one name; files with a hundred caches share theirs rightly
 _CHANGES = (
     2,
@@ -53,17 +54,32 @@ def ask(path: Path, model: ir.Model) -> Original:
     """Opens the file once; ``model`` is its graph, whose inputs have their new names afterwards.
 
     Raises:
-        SourceError: ONNX Runtime does not open the file, or it has inputs that cannot be drawn.
+        SourceError: ONNX Runtime does not open the file, or it has inputs that cannot be drawn or outputs that cannot be compared.
     """
     try:
         runner = Runner(path, as_written=True)
     except TxoptError as err:
         raise SourceError(f"{path}: expected a graph that ONNX Runtime opens, found: {err}") from err
+    _check_ends(path, runner)
     first = _answers(Original(path), runner, model, sets=1)
     if not first.answers:
         return first
     renamed = _untrue(runner, model, _base(runner, model, first.answers[0].sizes))
     return _answers(Original(path, renamed=renamed), runner, model, sets=_SETS)
+
+
+def _check_ends(path: Path, runner: Runner) -> None:
+    """Raises SourceError where an input cannot be drawn or an output compared, because numpy has no such numbers."""
+    opened = runner.opened()
+    ends = {**opened.inputs, **opened.outputs}
+    problems = [
+        f"{name}: expected float16, float32, float64, integers or booleans, which numpy has to draw and compare, found {dtype}; "
+        "export it with float32 or float16 there"
+        for name, (dtype, _) in ends.items()
+        if dtype.startswith(_NOT_IN_NUMPY)
+    ]
+    if problems:
+        raise SourceError(explain(f"{path}: its inputs and outputs cannot be proved:", problems))
 
 
 def _answers(original: Original, runner: Runner, model: ir.Model, *, sets: int) -> Original:
