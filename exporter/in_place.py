@@ -6,11 +6,11 @@
     Shape(past)     P is the new input ``cache_position`` [1]: how many places are filled, in every row
     Shape(present)  P+L is cache_position + L
     masks           are padded to S with what masks; where there is none, one hides the places from P+L on
+    is_causal       becomes a mask: outside of the operator's own cache it counts keys from the first place on, before as after
 
-Attention must be fused first: only it and Shape may read a present, and only the Concat and Shape a past. Its ``is_causal`` counts
-keys from the first place on where the cache is outside of the operator (ONNX operator Attention, opset 24; ONNX Runtime does so): that
-holds for a buffer as it did for the Concat, and stays. Places from P+L on are hidden by masks alone, not by ``nonpad_kv_seqlen``, for
-engines may leave out an input that is optional. Pasts that are only read, as cross-attention has them, stay as they are.
+Attention must be fused first: only it and Shape may read a present, and only the Concat and Shape a past. Pasts that are only read, as
+cross-attention has them, stay as they are. Sources: ONNX operators Attention and TensorScatter (opset 24). Every mask is explicit, and
+``nonpad_kv_seqlen`` is not used: TensorRT leaves that input out and takes no mask beside ``is_causal``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -118,7 +118,6 @@ def rewrite(model: ir.Model, path: Path, refused: Sequence[str] = ()) -> Cache:
     Raises:
         SourceError: something reads a past or a present that must not; or as ``pairs``.
     """
-    passes.ShapeInferencePass()(model)  # masks that fusions made have no dtype yet
     found = pairs(model, path)
     attentions = _attentions(found)
     problems = [*_misreadings(found), *(line for node in attentions for line in _misfits(node, found))]
@@ -132,6 +131,7 @@ def rewrite(model: ir.Model, path: Path, refused: Sequence[str] = ()) -> Cache:
         position=_free(POSITION, names),
         length=_free(LENGTH, {str(dim) for value in model.graph.inputs for dim in value.shape or ()}),
     )
+    _type_masks(model, attentions)
     _Rewriter(model.graph, found, cache).run(attentions)
     passes.TopologicalSortPass()(model)
     onnx_file.fold(model)
@@ -178,6 +178,19 @@ def _free(name: str, taken: set[str]) -> str:
     return name
 
 
+def _type_masks(model: ir.Model, attentions: Sequence[ir.Node]) -> None:
+    """Masks that fusions made have no dtype yet. Only that is taken over: files may state wrong shapes, which would spread."""
+    masks = [node.inputs[3] for node in attentions if len(node.inputs) > 3]
+    if all(mask is None or mask.type is not None for mask in masks):
+        return
+    inferred = model.clone()
+    passes.ShapeInferencePass()(inferred)
+    types = {value.name: value.type for node in inferred.graph for value in node.outputs}
+    for mask in masks:
+        if mask is not None and mask.type is None:
+            mask.type = types[mask.name]
+
+
 class _Rewriter:
     """One graph, whose nodes are in no order until all is done. Lengths are int64 [1]."""
 
@@ -197,9 +210,10 @@ class _Rewriter:
             self.scatter(pair)
         self.places = self.add("Shape", self.pairs[0].past, start=_PLACES, end=_PLACES + 1)
         for node in attentions:
-            mask = node.inputs[3] if len(node.inputs) > 3 else None
+            mask = self.mask(node)
             node.resize_inputs(max(4, len(node.inputs)))
-            node.replace_input_with(3, self.visible(node) if mask is None else self.padded(mask))
+            node.replace_input_with(3, mask)
+            node.attributes.pop("is_causal", None)
         self.graph.inputs.append(self.position)
 
     def add(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
@@ -243,14 +257,36 @@ class _Rewriter:
         replace(self.graph, pair.concat, node)
         node.outputs[0].shape, node.outputs[0].type = pair.past.shape, pair.past.type
 
+    def mask(self, attention: ir.Node) -> ir.Value:
+        """[..,L,S]: what ``attention`` masked, and whatever is not filled."""
+        given = attention.inputs[3] if len(attention.inputs) > 3 else None
+        mask = self.visible(attention) if given is None else self.padded(given)
+        if "is_causal" not in attention.attributes or not attention.attributes["is_causal"].as_int():
+            return mask
+        causal = self.causal(attention)
+        if given is None or given.dtype == ir.DataType.BOOL:
+            return self.add("And", causal, mask)
+        return self.add("Where", causal, mask, self.scalar(-np.inf, given.dtype or ir.DataType.FLOAT))
+
     def visible(self, attention: ir.Node) -> ir.Value:
         """bool [L,S]: the places that are filled, for every query; ONNX Runtime wants a row for each."""
+        shape = self.add("Concat", self.queries(attention), self.places, axis=0)
+        return self.add("Expand", self.add("Less", self.range(self.places), self.filled), shape)
+
+    def causal(self, attention: ir.Node) -> ir.Value:
+        """bool [L,S]: the first place for the first query, and one more for each that follows."""
+        rows = self.add("Unsqueeze", self.range(self.queries(attention)), integers(self.graph, [1]))
+        return self.add("LessOrEqual", self.range(self.places), rows)
+
+    def queries(self, attention: ir.Node) -> ir.Value:
         query = attention.inputs[0]
         assert query is not None, "Attention has Q"
+        return self.length_of(query, 2)
+
+    def range(self, length: ir.Value) -> ir.Value:
+        """int64 [length]: 0, 1, 2, .."""
         zero, one = self.scalar(0, ir.DataType.INT64), self.scalar(1, ir.DataType.INT64)
-        keys = self.add("Range", zero, self.add("Squeeze", self.places), one)
-        shape = self.add("Concat", self.length_of(query, 2), self.places, axis=0)
-        return self.add("Expand", self.add("Less", keys, self.filled), shape)
+        return self.add("Range", zero, self.add("Squeeze", length), one)
 
     def padded(self, mask: ir.Value) -> ir.Value:
         """``mask`` [..,P+L] or shorter, longer by what masks: [..,S]. The standard pads shorter masks so, too."""

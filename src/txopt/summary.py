@@ -78,7 +78,8 @@ def of_optimized(document: dict[str, Any]) -> str:
     """An ``OptimizeReport`` in lines."""
     parity, sizes = document["parity"], document["files"]
     runs, refused = [_sizes(run["sizes"]) for run in parity["runs"]], [_sizes(sizes) for sizes in parity["not_run"]]
-    where = " and ".join(runs) if any(runs) else "its fixed sizes"
+    more = [f"{len(runs) - 2} other sets of sizes"] if len(runs) > 2 else []
+    where = " and ".join([*runs[:2], *more]) if any(runs) else "its fixed sizes"
     error, allowed = f"{parity['largest_error']:.1e}", f"{parity['tolerance']:.0e}"
     lines = [
         f"{document['path']}: {document['nodes_before']} nodes of opset {document['opset']} became {document['nodes_after']}",

@@ -226,7 +226,7 @@ def small(nodes: str, past: str = "float[b,2,p,4]", new: str = "float[b,2,l,4]")
     }}"""
     made = onnx.parser.parse_model(text)
     for node in made.graph.node:
-        node.name = node.op_type
+        node.name = f"{node.op_type}_{node.output[0]}"
     return made
 
 
@@ -239,30 +239,102 @@ def test_one_cache_that_is_both_k_and_v_is_turned(tmp_path: Path) -> None:
     check_buffers(tmp_path / "out", {"past": "present"})
 
 
+GROWN = "present = Concat<axis = 2>(past, new) a = Attention(q, present, present)"
+READ_ACROSS = """n = Shape(past) i = Constant<value_ints = [1]>() j = Constant<value_ints = [4]>() part = Slice(n, i, j)
+    m = Shape<start = -2>(present) both = Concat<axis = 0>(part, m) sum = ReduceSum<keepdims = 0>(both)"""
+READ_IN_A_BRANCH = """rows = Shape<start = 0, end = 1>(past) one = Constant<value_ints = [1]>() asked = Greater(rows, one)
+    sum = If(asked) <then_branch = a () => (float t) { x = Shape<start = 2, end = 3>(present) w = Squeeze(x) t = Cast<to = 1>(w) },
+        else_branch = b () => (float f) { z = Shape(past) k = ReduceSum<keepdims = 0>(z) f = Cast<to = 1>(k) }>"""
+
+
+ALIBI = """zero = Constant<value_int = 0>() one = Constant<value_int = 1>() two = Constant<value_int = 2>()
+    l = Shape<start = 2, end = 3>(q) c = Shape<start = 2, end = 3>(present) size = Concat<axis = 0>(l, c)
+    last = Squeeze(c) keys = Range(zero, last, one) rest = Mod(keys, two) even = Equal(rest, zero)
+    number = Cast<to = 1>(keys) added = Expand(number, size) boolean = Expand(even, size)"""
+
+
+@pytest.mark.parametrize("mask", ["", ", boolean", ", added"])
+def test_is_causal_becomes_a_mask(tmp_path: Path, mask: str) -> None:
+    """Some engines take no mask beside it."""
+    nodes = f"present = Concat<axis = 2>(past, new) {ALIBI} y = Attention<is_causal = 1>(q, present, present{mask})"
+    onnx.save(small(nodes), tmp_path / "in.onnx")
+    turned(tmp_path / "in.onnx", tmp_path / "out")
+    model = check_buffers(tmp_path / "out", {"past": "present"})
+    (attention,) = [node for node in model.graph.node if node.op_type == "Attention"]
+    assert len(attention.input) == 4
+    assert "is_causal" not in {attribute.name for attribute in attention.attribute}
+
+
+def test_a_cache_of_fewer_heads_than_queries_is_turned(tmp_path: Path) -> None:
+    nodes = "present = Concat<axis = 2>(past, new) qq = Concat<axis = 1>(q, q) both = Attention(qq, present, present)"
+    onnx.save(small(f"{nodes} y, z = Split<axis = 1, num_outputs = 2>(both)"), tmp_path / "in.onnx")
+    turned(tmp_path / "in.onnx", tmp_path / "out")
+    check_buffers(tmp_path / "out", {"past": "present"})
+
+
+@pytest.mark.parametrize("read", [READ_ACROSS, READ_IN_A_BRANCH], ids=["across", "in a branch"])
+def test_whoever_reads_a_length_hears_of_the_places_that_are_filled(tmp_path: Path, read: str) -> None:
+    onnx.save(small(f"{GROWN} {read} f = Cast<to = 1>(sum) y = Add(a, f)"), tmp_path / "in.onnx")
+    turned(tmp_path / "in.onnx", tmp_path / "out")
+    check_buffers(tmp_path / "out", {"past": "present"})
+
+
+def test_names_that_are_taken_are_left_to_the_file(tmp_path: Path) -> None:
+    model = small(f"{GROWN} f = Cast<to = 1>(cache_position) y = Add(a, f)")
+    kind = onnx.helper.make_tensor_type_proto(onnx.TensorProto.INT64, ["cache_length", 1, 1, 1])
+    model.graph.input.append(onnx.helper.make_value_info("cache_position", kind))
+    onnx.save(model, tmp_path / "in.onnx")
+    report = turned(tmp_path / "in.onnx", tmp_path / "out")
+    assert report.cache == {
+        "buffers": {"past": "present"},
+        "position": "cache_position_",
+        "length": "cache_length_",
+    }
+
+
+def test_shapes_that_a_file_states_wrongly_do_not_spread(files: Any, tmp_path: Path) -> None:
+    """torch writes the batch that it saw into outputs whose axes nobody named."""
+    model = onnx.load(files("Causal", "TorchScript"))
+    for output in model.graph.output[1:]:
+        output.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / "in.onnx")
+    turned(tmp_path / "in.onnx", tmp_path / "out")
+    written = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    assert all(found[0] != 2 for found in axes(written.graph.output).values())
+
+
 @pytest.mark.parametrize(
     ("nodes", "kinds", "reason"),
     [
-        (f"present = Concat<axis = 1>(past, new) {ATTENTION}", (), "Concat joins along axis 1"),
-        (f"present = Concat<axis = 2>(past, new, new) {ATTENTION}", (), "Concat joins 3 values"),
+        (f"present = Concat<axis = 1>(past, new) {ATTENTION}", (), "Concat_present joins along axis 1"),
+        (f"present = Concat<axis = 2>(past, new, new) {ATTENTION}", (), "Concat_present joins 3 values"),
         (
             f"present = Concat<axis = 2>(past, new) {ATTENTION}",
             ("float[b,2,6,4]",),
-            "Concat joins past, whose length is always 6; export it with one that varies",
+            "Concat_present joins past, whose length is always 6; export it with one that varies",
         ),
         (
             "present = Concat<axis = 1>(past, new) y = Add(q, new)",
             ("float[b,p,4]", "float[b,l,4]"),
-            "Concat joins past, which has 3 axes",
+            "Concat_present joins past, which has 3 axes",
         ),
         (
             f"grown = Concat<axis = 2>(past, new) present = Neg(grown) {ATTENTION}",
             (),
-            "nothing to turn into a buffer; (.|\n)*Concat gives grown, which is no output",
+            "nothing to turn into a buffer; (.|\n)*Concat_grown gives grown, which is no output",
+        ),
+        (
+            "present = Concat<axis = 2>(past, new) i = Constant<value_ints = [2]>() u = Unsqueeze(present, i) "
+            "n = Constant<value_ints = [1, 1, 2, 1, 1]>() e = Expand(u, n) r = Constant<value_ints = [0, 4, -1, 4]>() "
+            "k = Reshape(e, r) qq = Concat<axis = 1>(q, q) both = Attention(qq, k, k) "
+            "y, z = Split<axis = 1, num_outputs = 2>(both)",
+            (),
+            r"Unsqueeze_u \(Unsqueeze\) reads present",
         ),
         (
             "present = Concat<axis = 2>(past, new) y = Attention(q, present, new)",
             (),
-            "Attention reads present alone; expected its K and its V",
+            "Attention_y reads present alone; expected its K and its V",
         ),
     ],
 )
