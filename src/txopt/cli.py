@@ -180,6 +180,9 @@ def optimize(
     out: Annotated[Path, typer.Argument(help="the directory to make: model.onnx and weights.data")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what optimize left at OUT before")] = False,
     prove: Prove = False,
+    in_place_cache: Annotated[
+        bool, typer.Option("--in-place-cache", help="pasts that grow become buffers of fixed length, updated in place")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -190,7 +193,10 @@ def optimize(
     from txopt.summary import of_optimized
 
     with console.stages(foreign.STAGES) as progress:
-        document = foreign.optimize(source, out, overwrite=overwrite, prove=prove, progress=progress).to_json()
+        report = foreign.optimize(
+            source, out, overwrite=overwrite, prove=prove, in_place_cache=in_place_cache, progress=progress
+        )
+    document = report.to_json()
     console.result(document, of_optimized(document))
 
 

@@ -78,16 +78,25 @@ def of_optimized(document: dict[str, Any]) -> str:
     """An ``OptimizeReport`` in lines."""
     parity, sizes = document["parity"], document["files"]
     runs, refused = [_sizes(run["sizes"]) for run in parity["runs"]], [_sizes(sizes) for sizes in parity["not_run"]]
-    where = " and ".join(runs) if any(runs) else "its fixed sizes"
+    more = [f"{len(runs) - 2} other sets of sizes"] if len(runs) > 2 else []
+    where = " and ".join([*runs[:2], *more]) if any(runs) else "its fixed sizes"
     error, allowed = f"{parity['largest_error']:.1e}", f"{parity['tolerance']:.0e}"
     lines = [
         f"{document['path']}: {document['nodes_before']} nodes of opset {document['opset']} became {document['nodes_after']}",
         "  " + ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items()),
         *_fusions(document["fusions"], "fused"),
+        *([] if document["cache"] is None else [_cache(document["cache"])]),
         f"  verified against {document['source']} at {where}: largest error {error} (allowed {allowed})",
         *([f"    no answer of the original at {'; '.join(refused)}"] if refused else []),
     ]
     return "\n".join(lines)
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    buffers = [f"{past} as {present}" for past, present in cache["buffers"].items()]
+    shown = ", ".join(buffers[:1]) + (f", and {len(buffers) - 1} more" if len(buffers) > 1 else "")
+    count = f"{len(buffers)} buffer{'s' if len(buffers) > 1 else ''}"
+    return f"  {count} of {cache['length']} places, written in place at {cache['position']}: {shown}"
 
 
 def _layers(layers: list[dict[str, Any]]) -> list[str]:
