@@ -130,8 +130,7 @@ def judge(
         UsageError: ``max_loss`` is no number of points.
         InputError: no samples, not as many of one kind as of another, or samples that cannot be measured.
     """
-    if max_loss is not None and not (math.isfinite(max_loss) and max_loss >= 0):
-        raise UsageError(f"--max-loss: expected points of {metric.name}, a number of at least 0; found {max_loss}")
+    check_limit(metric.name, max_loss)
     if len(agreement.forced) != len(baseline):
         raise InputError(
             f"loss gate: expected the agreement of {len(baseline)} samples, found that of {len(agreement.forced)}"
@@ -152,6 +151,14 @@ def judge(
     if verdict.passed and max_loss is not None and verdict.comparison.loss.high > max_loss:
         logger.warning("the loss is within its limit, and may be over it on other data: %s", verdict)
     return verdict
+
+
+def check_limit(metric: str | None, max_loss: float | None) -> None:
+    """Raises UsageError where ``max_loss`` is no number of points."""
+    if max_loss is not None and not (math.isfinite(max_loss) and max_loss >= 0):
+        raise UsageError(
+            f"--max-loss: expected points of {metric or 'the metric'}, a number of at least 0; found {max_loss}"
+        )
 
 
 def fingerprint(manifest: Manifest) -> str:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,17 @@ from txopt.exporter import products, weights
 from txopt.exporter.lowering import LOWERINGS
 from txopt.runtime import cases
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.errors import UsageError
+from txopt.runtime.errors import InputError, UsageError
 from txopt.runtime.files import MANIFEST
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.model import Model
 from txopt.runtime.parity import replay
 from txopt.runtime.writer import ArtifactWriter
 
-STAGES = ("open", "read data", "calibrate", "quantize", "write", "verify", "measure")
+STAGES = ("open", "data", "calibrate", "quantize", "pack", "check", "measure")
 _VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "numpy")
 
-Progress = Callable[[str], None]
+Progress = Callable[..., None]  # (stage), and (stage, done, total) while it lasts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,47 @@ class Options:
     steps: Steps = Steps.LOOP
     language: Mapping[str, Any] = field(default_factory=dict)
 
+    def check(self) -> Recipe:
+        """The recipe, if all that can be judged without a model is right.
+
+        Raises:
+            UsageError: it is not. InputError: there is no such file of data. MissingDependencyError: the metric needs a package.
+        """
+        recipe = Recipe.of(self.precision, method=self.method, block=self.block)
+        if self.metric is not None:
+            metrics.metric(self.metric)
+        gate.check_limit(self.metric, self.max_loss)
+        if isinstance(self.calibration, str | Path) and not Path(self.calibration).is_file():
+            raise InputError(f"{self.calibration}: expected a file of calibration data, found none; check the name")
+        return recipe
+
+
+def quantize(
+    artifact: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    precision: str = "int8",
+    calibration: Any = None,
+    max_loss: float | None = None,
+    metric: str | None = None,
+    method: str | None = None,
+    block: int | None = None,
+    limit: int | None = LIMIT,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Makes the quantized twin of an fp32 artifact; see ``Options`` for the arguments, ``quantize_artifact`` for the errors."""
+    options = Options(
+        precision=precision,
+        calibration=calibration,
+        max_loss=max_loss,
+        metric=metric,
+        method=method,
+        block=block,
+        limit=limit,
+    )
+    return quantize_artifact(artifact, out, options, overwrite=overwrite, progress=progress)
+
 
 def quantize_artifact(
     source: str | os.PathLike[str],
@@ -84,26 +126,32 @@ def quantize_artifact(
         UsageError: ``source`` is not what can be quantized, or the options contradict each other. InputError: the data cannot be used.
         LossError: more was lost than ``max_loss`` allows. ParityError: the engine does not compute what the integers stand for.
     """
-    report = progress or (lambda stage: None)
+    recipe = options.check()
+    report = progress or (lambda stage, done=0, total=0: None)
     report("open")
     artifact = Artifact.open(source)
     _check(artifact.manifest)
-    recipe = Recipe.of(options.precision, method=options.method, block=options.block)
     baseline = Model(artifact)
-    report("read data")
-    samples = read(options.calibration, baseline, limit=options.limit, options=options.language)
+    report("data")
+    samples = read(
+        options.calibration, baseline, limit=options.limit, options=options.language, progress=partial(report, "data")
+    )
     with ArtifactWriter(out, overwrite=overwrite) as writer, tempfile.TemporaryDirectory(prefix="txopt-") as temporary:
         report("calibrate")
-        heard = evaluate.said(baseline, samples)
+        heard = evaluate.said(baseline, samples, progress=partial(report, "calibrate"))
         models = {name: ir.load(artifact.file(spec.file)) for name, spec in artifact.manifest.graphs.items()}
         moments = (
-            second_moments(artifact, models, samples, said=heard, steps=options.steps) if recipe.looks_at_data else {}
+            second_moments(
+                artifact, models, samples, said=heard, steps=options.steps, progress=partial(report, "calibrate")
+            )
+            if recipe.looks_at_data
+            else {}
         )
         report("quantize")
         blocks = {name: rounded(model, recipe, moments.get(name, {})) for name, model in models.items()}
         for name, model in models.items():
             put(model.graph, blocks[name])
-        report("write")
+        report("pack")
         _write_answers(artifact, models, writer.directory, Path(temporary) / "rounded")
         for model in models.values():
             LOWERINGS[artifact.manifest.target](model, options.precision)
@@ -111,14 +159,14 @@ def quantize_artifact(
         weights.write(models, writer.directory)
         _copy_rest(artifact, writer.directory)
         manifest = _manifest(artifact, models, options)
-        report("verify")
+        report("check")
         draft = writer.draft(manifest)
         parity = replay(
             draft, cases.load(writer.directory), skipped=artifact.manifest.parity.get("skipped", ())
         ).require()
         report("measure")
         staged = writer.staged(manifest)
-        verdict = _measured(artifact, baseline, staged, samples, heard, options)
+        verdict = _measured(artifact, baseline, staged, samples, heard, options, partial(report, "measure"))
         found = {
             "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": "int8 by row and block"},
             "weights": {name: _counted(mine) for name, mine in blocks.items()},
@@ -168,10 +216,16 @@ def _copy_rest(artifact: Artifact, directory: Path) -> None:
 
 
 def _measured(
-    artifact: Artifact, baseline: Model, staged: Artifact, samples: Samples, heard: evaluate.Said, options: Options
+    artifact: Artifact,
+    baseline: Model,
+    staged: Artifact,
+    samples: Samples,
+    heard: evaluate.Said,
+    options: Options,
+    progress: Callable[[int, int], None],
 ) -> gate.Verdict:
     candidate = Model(staged)
-    after = evaluate.said(candidate, samples)
+    after = evaluate.said(candidate, samples, progress=progress)
     references = [sample.source.target for sample in samples.entries]
     known = None if None in references else [[str(reference)] for reference in references]
     name = options.metric or metrics.pick(
@@ -182,7 +236,7 @@ def _measured(
         references=known,
         baseline=heard.texts,
         candidate=after.texts,
-        agreement=evaluate.agreement(baseline, candidate, samples, (heard, after)),
+        agreement=evaluate.agreement(baseline, candidate, samples, (heard, after), progress=progress),
         compared=gate.Compared(
             data=samples.sha256,
             baseline=gate.fingerprint(artifact.manifest),
