@@ -5,8 +5,9 @@ where there are none; padding is left out. Owns which tokens are fed. What is ke
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -66,27 +67,34 @@ def collect(
     size = BATCH[kind_of(artifact.manifest.frontend)]
     with Forced(artifact, taps) as graphs:
         for batch in batches(samples, size, progress=progress):
-            for inputs, tokens, lengths in _fed(artifact.manifest.kind, batch, said, steps):
-                for seen in graphs.run(inputs, tokens, lengths):
+            for each in fed(artifact.manifest.kind, batch, said, steps):
+                for seen in graphs.run(each.inputs, each.tokens, each.lengths):
                     observers[seen.graph][seen.name].update(seen.values)
 
 
-def _fed(
-    kind: str, batch: Batch, said: Said | None, steps: Steps
-) -> Iterator[tuple[Mapping[str, NDArray[np.float32]], Ids, list[int]]]:
-    """(the encoder's inputs, tokens [B,L] padded on the right, tokens of each row), of one batch; of a decoder alone row by row."""
+@dataclass(frozen=True)
+class Fed:
+    """What the graphs are fed: the encoder's inputs by name, tokens [B,L] padded on the right, and how many of each row count."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    tokens: Ids
+    lengths: list[int]
+
+
+def fed(kind: str, batch: Batch, said: Said | None, steps: Steps) -> Iterator[Fed]:
+    """One batch under teacher forcing; a decoder alone takes its rows one by one."""
     targets = [_target(batch, row, index, said) for row, index in enumerate(batch.indices)]
     if steps is Steps.FIRST:
         targets = [target[:1] for target in targets]
     if kind == "decoder":
         for ids, mask, target in zip(batch.feeds["input_ids"], batch.feeds["attention_mask"], targets, strict=True):
             tokens = np.concatenate([ids[mask != 0], target])
-            yield {}, tokens[None], [len(tokens)]
+            yield Fed({}, tokens[None], [len(tokens)])
         return
     rows = [np.concatenate([start, target]) for start, target in zip(batch.prompt, targets, strict=True)]
     width = max(map(len, rows))
     padded = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-    yield batch.feeds, padded, [len(row) for row in rows]
+    yield Fed(batch.feeds, padded, [len(row) for row in rows])
 
 
 def _target(batch: Batch, row: int, index: int, said: Said | None) -> Ids:

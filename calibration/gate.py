@@ -177,4 +177,4 @@ def fingerprint(manifest: Manifest) -> str:
 
 def _json(value: Estimate) -> dict[str, float | None]:
     numbers = {"value": value.value, "low": value.low, "high": value.high}
-    return {name: round(number, _WRITTEN) if math.isfinite(number) else None for name, number in numbers.items()}
+    return {name: round(number, _WRITTEN) + 0.0 if math.isfinite(number) else None for name, number in numbers.items()}

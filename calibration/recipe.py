@@ -3,7 +3,7 @@
 Owns the choice of scheme and method for each weight; how codes are found is weights.py's, where data come from collect.py's.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +28,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A scheme and a method for all weights, and the weights that stay in float."""
+    """A scheme and a method for all weights, and the weights, by name, that lose too much by it: they get the next finer one."""
 
     scheme: BlockScheme
     method: Method
-    keep: Collection[str] = ()
+    finer: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "Recipe":
@@ -48,6 +48,12 @@ class Recipe:
         scheme = SCHEMES[precision] if block is None else replace(SCHEMES[precision], block=block)
         return cls(scheme=scheme, method=METHODS[precision] if method is None else Method(method))
 
+    def scheme_of(self, name: str) -> BlockScheme | None:
+        """The scheme of the weight ``name``; None: it stays in float."""
+        if name not in self.finer:
+            return self.scheme
+        return SCHEMES["int8"] if self.scheme.bits < SCHEMES["int8"].bits else None
+
     @property
     def looks_at_data(self) -> bool:
         """Whether codes depend on what calibration sees."""
@@ -55,20 +61,20 @@ class Recipe:
 
 
 def rounded(model: ir.Model, recipe: Recipe, moments: Moments) -> dict[str, Blocks]:
-    """Blocks of every weight of ``model`` that is not kept, by name; ``moments`` [K,K] of products' inputs by the input's name.
+    """Blocks of every weight of ``model`` that is rounded, by name; ``moments`` [K,K] of products' inputs by the input's name.
 
     A table has the same codes in every graph that reads it, so that it is stored once: it is rounded without looking at data.
     """
     found: dict[str, Blocks] = {}
     for read in reads(model.graph):
-        tensor = read.weight.const_value
-        if tensor is None or read.name in found or read.name in recipe.keep:
+        tensor, scheme = read.weight.const_value, recipe.scheme_of(read.name)
+        if tensor is None or scheme is None or read.name in found:
             continue
         if read.role is Role.LINEAR and read.activations is not None:
             seen = moments.get(str(read.activations.name))
-            found[read.name] = quantize(tensor.numpy(), recipe.scheme, recipe.method, moments=seen, name=read.name)
+            found[read.name] = quantize(tensor.numpy(), scheme, recipe.method, moments=seen, name=read.name)
         else:
-            found[read.name] = quantize(tensor.numpy().T, recipe.scheme, _BLIND[recipe.method], name=read.name)
+            found[read.name] = quantize(tensor.numpy().T, scheme, _BLIND[recipe.method], name=read.name)
     return found
 
 

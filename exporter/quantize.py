@@ -1,47 +1,33 @@
 """The road from an fp32 artifact to a quantized one, stage by stage: nothing is left at OUT unless it holds.
 
-Owns the order of the stages and what the certificate says of them. What is proved: the integers in the files stand for the rounded
-weights (products.py); the graphs around them say what these weights say in float32 (parity, at the tolerance of the engine's
-arithmetic); and what rounding cost in the task's own metric (docs/loss.md). The graphs come from the artifact: PyTorch is not needed.
+Owns the order of the stages, and the search for weights that need a finer scheme where a limit is set; one attempt is attempt.py's.
+The graphs come from the artifact: PyTorch is not needed.
 """
 
+import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
-from txopt import __version__
 from txopt.calibration import evaluate, gate, metrics
-from txopt.calibration.blocks import Blocks
 from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
-from txopt.calibration.quantize import put, unfold
-from txopt.calibration.reanswer import reanswer
-from txopt.calibration.recipe import Recipe, rounded
-from txopt.calibration.samples import Samples
-from txopt.exporter import graph as graphs
-from txopt.exporter import products, weights
-from txopt.exporter.lowering import LOWERINGS
-from txopt.runtime import cases
+from txopt.calibration.recipe import Recipe
+from txopt.calibration.search import attempts
+from txopt.calibration.sensitivity import sensitivities, tables_of
+from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, UsageError
-from txopt.runtime.files import MANIFEST
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.model import Model
-from txopt.runtime.parity import replay
 from txopt.runtime.writer import ArtifactWriter
 
-STAGES = ("open", "data", "calibrate", "quantize", "pack", "check", "measure")
-_VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "numpy")
+logger = logging.getLogger(__name__)
 
-Progress = Callable[..., None]  # (stage), and (stage, done, total) while it lasts
+STAGES = ("open", "data", "calibrate", "quantize", "pack", "check", "measure", "sensitivity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,45 +122,55 @@ def quantize_artifact(
     samples = read(
         options.calibration, baseline, limit=options.limit, options=options.language, progress=partial(report, "data")
     )
-    with ArtifactWriter(out, overwrite=overwrite) as writer, tempfile.TemporaryDirectory(prefix="txopt-") as temporary:
+    with ArtifactWriter(out, overwrite=overwrite) as writer:
         report("calibrate")
         heard = evaluate.said(baseline, samples, progress=partial(report, "calibrate"))
-        models = {name: ir.load(artifact.file(spec.file)) for name, spec in artifact.manifest.graphs.items()}
-        moments = (
-            second_moments(
-                artifact, models, samples, said=heard, steps=options.steps, progress=partial(report, "calibrate")
+        moments: Mapping[str, Any] = {}
+        if recipe.looks_at_data:
+            moments = second_moments(
+                artifact,
+                graphs_of(artifact),
+                samples,
+                said=heard,
+                steps=options.steps,
+                progress=partial(report, "calibrate"),
             )
-            if recipe.looks_at_data
-            else {}
+        ground = Ground(
+            artifact=artifact,
+            baseline=baseline,
+            samples=samples,
+            heard=heard,
+            moments=moments,
+            precision=options.precision,
+            metric=options.metric,
+            max_loss=options.max_loss,
         )
-        report("quantize")
-        blocks = {name: rounded(model, recipe, moments.get(name, {})) for name, model in models.items()}
-        for name, model in models.items():
-            put(model.graph, blocks[name])
-        report("pack")
-        _write_answers(artifact, models, writer.directory, Path(temporary) / "rounded")
-        for model in models.values():
-            LOWERINGS[artifact.manifest.target](model, options.precision)
-        proved = products.prove(models, blocks)
-        weights.write(models, writer.directory)
-        _copy_rest(artifact, writer.directory)
-        manifest = _manifest(artifact, models, options)
-        report("check")
-        draft = writer.draft(manifest)
-        parity = replay(
-            draft, cases.load(writer.directory), skipped=artifact.manifest.parity.get("skipped", ())
-        ).require()
-        report("measure")
-        staged = writer.staged(manifest)
-        verdict = _measured(artifact, baseline, staged, samples, heard, options, partial(report, "measure"))
-        found = {
-            "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": "int8 by row and block"},
-            "weights": {name: _counted(mine) for name, mine in blocks.items()},
-            "data": samples.to_json(),
-            "products": proved.to_json(),
-            "loss": verdict.require().certificate(),
-        }
-        return writer.commit(replace(manifest, parity=parity.certificate(), calibration=found))
+        made = _searched(ground, recipe, writer, report)
+        return writer.commit(made.manifest)
+
+
+def _searched(ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress) -> Attempt:
+    """The first attempt that loses no more than is allowed; LossError of the coarsest one where none does."""
+    first = attempt(ground, recipe, writer, report)
+    if first.verdict.passed or ground.max_loss is None:
+        first.verdict.require()
+        return first
+    logger.warning("%s; trying with finer weights", first.verdict)
+    report("sensitivity")
+    found = sensitivities(
+        ground.artifact,
+        first.blocks,
+        ground.samples,
+        said=ground.heard,
+        tables={name: tables_of(model.graph) for name, model in graphs_of(ground.artifact).items()},
+        progress=partial(report, "sensitivity"),
+    )
+    for finer in attempts(recipe, found):
+        made = attempt(ground, finer, writer, report, found)
+        if made.verdict.passed:
+            return made
+    first.verdict.require()
+    raise AssertionError("a verdict that has not passed raises")
 
 
 def _check(manifest: Manifest) -> None:
@@ -190,66 +186,3 @@ def _check(manifest: Manifest) -> None:
         raise UsageError(
             "expected a model that generates; what an encoder alone loses is not measured yet, so it is not quantized"
         )
-
-
-def _counted(blocks: Mapping[str, Blocks]) -> dict[str, int]:
-    return {"rounded": len(blocks), "numbers": sum(each.codes.size for each in blocks.values())}
-
-
-def _write_answers(artifact: Artifact, models: Mapping[str, ir.Model], directory: Path, temporary: Path) -> None:
-    """The artifact's reference cases, answered by the rounded weights in float32, into ``directory``."""
-    floats = {name: model.clone() for name, model in models.items()}
-    for model in floats.values():
-        unfold(model.graph)
-    temporary.mkdir()
-    weights.write(floats, temporary)
-    _copy_rest(artifact, temporary)
-    rounded = Artifact(path=temporary, manifest=artifact.manifest)
-    cases.save(reanswer(Model(rounded), cases.load(artifact.path)), directory)
-
-
-def _copy_rest(artifact: Artifact, directory: Path) -> None:
-    """Tokenizers, and whatever else is no graph, weight or case."""
-    made = {MANIFEST, weights.FILE, cases.FILE, *(spec.file for spec in artifact.manifest.graphs.values())}
-    for name in artifact.manifest.files.keys() - made:
-        shutil.copyfile(artifact.file(name), directory / name)
-
-
-def _measured(
-    artifact: Artifact,
-    baseline: Model,
-    staged: Artifact,
-    samples: Samples,
-    heard: evaluate.Said,
-    options: Options,
-    progress: Callable[[int, int], None],
-) -> gate.Verdict:
-    candidate = Model(staged)
-    after = evaluate.said(candidate, samples, progress=progress)
-    references = [sample.source.target for sample in samples.entries]
-    known = None if None in references else [[str(reference)] for reference in references]
-    name = options.metric or metrics.pick(
-        artifact.manifest.task, has_references=known is not None, frontend=artifact.manifest.frontend
-    )
-    return gate.judge(
-        metrics.metric(name),
-        references=known,
-        baseline=heard.texts,
-        candidate=after.texts,
-        agreement=evaluate.agreement(baseline, candidate, samples, (heard, after), progress=progress),
-        compared=gate.Compared(
-            data=samples.sha256,
-            baseline=gate.fingerprint(artifact.manifest),
-            candidate=gate.fingerprint(staged.manifest),
-        ),
-        max_loss=options.max_loss,
-    )
-
-
-def _manifest(artifact: Artifact, models: Mapping[str, ir.Model], options: Options) -> Manifest:
-    before = artifact.manifest
-    fused = {name: {**before.fusion[name], "nodes": graphs.count(model)} for name, model in models.items()}
-    versions = {**before.versions, "txopt": __version__, **{name: version(name) for name in _VERSIONS}}
-    return replace(
-        before, precision=options.precision, fusion=fused, versions=versions, parity={}, calibration={}, files={}
-    )

@@ -65,10 +65,17 @@ class Runner:
         threads: engine threads, None for one per core.
         as_written: the engine runs the nodes of the graph, without fusions of its own, and shares no buffer between values whose
             axes have the same names: foreign files name lengths alike that are not.
+        weights: other numbers for weights that lie in the file beside the graph, by name.
     """
 
     def __init__(
-        self, path: Path, *, device: str = "cpu", threads: int | None = None, as_written: bool = False
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        as_written: bool = False,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
@@ -78,6 +85,9 @@ class Runner:
         if as_written:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_mem_reuse = False
+        if weights:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:
