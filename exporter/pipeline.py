@@ -75,7 +75,7 @@ def export(
         calibration, max_loss, metric, method: for "int8" and "int4", see ``quantize.Options``.
         overwrite: replace the artifact that is at ``out``.
         prove: replay every rewrite of the graphs alone, and leave out what does not hold.
-        progress: called with the name of each of ``stages`` as it begins.
+        progress: called with the name of each of ``stages`` as it begins; while integers are made also with (stage, done, total).
 
     Raises:
         SourceError: the source cannot be read or is not supported. UsageError: an option is wrong.
