@@ -41,22 +41,36 @@ class Seen:
 
 
 class Forced:
-    """An artifact's graphs, opened once more with ``taps`` (value names by graph) as outputs; a context: its files are temporary.
+    """An artifact's graphs, opened once more with inner values as outputs; a context: its files are temporary.
+
+    Args:
+        artifact: opened.
+        taps: names of values by graph; graphs that are not named are not opened.
+        threads: engine threads, None for one per core.
+        weights: other numbers for weights of the graphs, by graph and name.
 
     Raises:
         UsageError: a graph has no value of a tap's name.
     """
 
-    def __init__(self, artifact: Artifact, taps: Mapping[str, Sequence[str]], *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        taps: Mapping[str, Sequence[str]],
+        *,
+        threads: int | None = None,
+        weights: Mapping[str, Mapping[str, Array]] | None = None,
+    ) -> None:
         self._manifest: Manifest = artifact.manifest
-        self._taps = {name: list(dict.fromkeys(taps.get(name, ()))) for name in artifact.manifest.graphs}
+        self._taps = {name: list(dict.fromkeys(mine)) for name, mine in taps.items()}
         self._axes: dict[str, dict[str, Dims]] = {}
         self._runners: dict[str, Runner] = {}
+        others = weights or {}
         self._folder = tempfile.TemporaryDirectory(prefix="txopt-")
         try:
             for name, wanted in self._taps.items():
                 path, self._axes[name] = _tapped(artifact, name, wanted, Path(self._folder.name))
-                self._runners[name] = Runner(path, threads=threads)
+                self._runners[name] = Runner(path, threads=threads, weights=others.get(name))
         except BaseException:
             self._folder.cleanup()
             raise
@@ -82,7 +96,19 @@ class Forced:
         if "encoder" in self._runners:
             given = yield from self._encoded(inputs)
         if "decoder" in self._runners:
-            yield from self._decoded(given, tokens, np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None])
+            yield from self.decoded(given, tokens, lengths)
+
+    def encoded(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """What the decoder reads of the encoder, by the decoder's names; of a decoder alone nothing."""
+        if "encoder" not in self._runners:
+            return {}
+        steps = self._encoded(inputs)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                given: dict[str, Array] = done.value
+                return given
 
     def _encoded(self, inputs: Mapping[str, Array]) -> Generator[Seen, None, dict[str, Array]]:
         """The encoder's taps, then, as the generator's value, what the decoder reads of the encoder."""
@@ -99,9 +125,9 @@ class Forced:
         made = {f"{MASKS}{name}": feeds[name] for name in inputs_masked}
         return made | {name: value for name, value in values.items() if name.startswith(("cross_", MASKS))}
 
-    def _decoded(
-        self, given: Mapping[str, Array], tokens: NDArray[np.int64], valid: NDArray[np.bool_]
-    ) -> Iterator[Seen]:
+    def decoded(self, given: Mapping[str, Array], tokens: NDArray[np.int64], lengths: Sequence[int]) -> Iterator[Seen]:
+        """The decoder's taps along ``tokens``; ``given`` is what ``encoded`` gave."""
+        valid = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
         spec, cache = self._manifest.graphs["decoder"], self._manifest.cache
         assert cache is not None
         rows, length = tokens.shape

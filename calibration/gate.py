@@ -130,8 +130,7 @@ def judge(
         UsageError: ``max_loss`` is no number of points.
         InputError: no samples, not as many of one kind as of another, or samples that cannot be measured.
     """
-    if max_loss is not None and not (math.isfinite(max_loss) and max_loss >= 0):
-        raise UsageError(f"--max-loss: expected points of {metric.name}, a number of at least 0; found {max_loss}")
+    check_limit(metric.name, max_loss)
     if len(agreement.forced) != len(baseline):
         raise InputError(
             f"loss gate: expected the agreement of {len(baseline)} samples, found that of {len(agreement.forced)}"
@@ -154,6 +153,14 @@ def judge(
     return verdict
 
 
+def check_limit(metric: str | None, max_loss: float | None) -> None:
+    """Raises UsageError where ``max_loss`` is no number of points."""
+    if max_loss is not None and not (math.isfinite(max_loss) and max_loss >= 0):
+        raise UsageError(
+            f"--max-loss: expected points of {metric or 'the metric'}, a number of at least 0; found {max_loss}"
+        )
+
+
 def fingerprint(manifest: Manifest) -> str:
     """The SHA-256 of a manifest that lists its files, as its bytes would be if it had no "calibration".
 
@@ -170,4 +177,4 @@ def fingerprint(manifest: Manifest) -> str:
 
 def _json(value: Estimate) -> dict[str, float | None]:
     numbers = {"value": value.value, "low": value.low, "high": value.high}
-    return {name: round(number, _WRITTEN) if math.isfinite(number) else None for name, number in numbers.items()}
+    return {name: round(number, _WRITTEN) + 0.0 if math.isfinite(number) else None for name, number in numbers.items()}

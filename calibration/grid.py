@@ -9,6 +9,9 @@ that it gains.
 Asymmetric: low = min(w, 0), high = max(w, 0), scale = (high - low) / (2**bits - 1), zero = round(-low / scale), codes round(w /
 scale) + zero. So 0 is always exact.
 
+Scales are float32 numbers that float16 holds too (``short``), so that files keep them in two bytes: in blocks of 32 codes of 4 bits
+that is a tenth of the file. They grow by at most 1/1024 of themselves, before codes are rounded to them.
+
 Rounding is half to even and w / scale is a float32 division, as in ONNX's QuantizeLinear. A column of zeros has scale 1. Scales are
 normal numbers, never less than 2**-126, so that w / scale is finite for denormals too.
 """
@@ -60,5 +63,15 @@ def decode(codes: Codes, grid: Grid) -> NDArray[np.float32]:
     return values
 
 
+def short(scales: NDArray[np.floating]) -> NDArray[np.float32]:
+    """``scales`` [N] as the next larger numbers that float16 holds; those outside of its normal range stay as they are."""
+    wide = np.asarray(scales, np.float32)
+    limits = np.finfo(np.float16)
+    normal = (wide >= limits.tiny) & (wide <= limits.max)
+    near = np.where(normal, wide, 1).astype(np.float16)
+    near = np.where(near < wide, np.nextafter(near, limits.max, dtype=np.float16), near)
+    return np.where(normal, near.astype(np.float32), wide)
+
+
 def _scales(steps: NDArray[np.float64]) -> NDArray[np.float32]:
-    return np.where(steps == 0, 1, np.maximum(steps, LEAST_SCALE)).astype(np.float32)
+    return short(np.where(steps == 0, 1, np.maximum(steps, LEAST_SCALE)))

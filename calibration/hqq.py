@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from txopt.calibration.blocks import Blocks, BlockScheme, Codes
 from txopt.calibration.clipping import selected
-from txopt.calibration.grid import LEAST_SCALE, Grid, covering, decode, encode
+from txopt.calibration.grid import LEAST_SCALE, Grid, covering, decode, encode, short
 from txopt.calibration.rounding import round_to_nearest
 
 # The constants of the published code.
@@ -67,5 +67,5 @@ def _fitted(target: NDArray[np.float32], codes: Codes, grid: Grid) -> Grid:
     """The grid on which ``codes`` come closest to ``target`` [b,N], with the zero points of ``grid``."""
     levels = decode(codes, Grid(np.ones_like(grid.scales), grid.zeros))
     squares = np.einsum("kn,kn->n", levels, levels)
-    scales = np.einsum("kn,kn->n", levels, target) / np.maximum(squares, 1)
+    scales = short(np.einsum("kn,kn->n", levels, target) / np.maximum(squares, 1))
     return Grid(np.where(scales >= LEAST_SCALE, scales, grid.scales), grid.zeros)

@@ -34,6 +34,13 @@ class Read:
         return str(self.weight.name)
 
     @property
+    def size(self) -> int:
+        """K, how many numbers of its input one output sums over; of a table, the width of its rows."""
+        assert self.weight.const_value is not None, "reads() gives no others"
+        rows, columns = self.weight.const_value.shape.numpy()
+        return int(rows if self.role is Role.LINEAR else columns)
+
+    @property
     def activations(self) -> ir.Value | None:
         return None if self.role is Role.TABLE else self.node.inputs[0]
 

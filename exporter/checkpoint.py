@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from txopt.exporter.borrowed import borrowed, rebuilt
 from txopt.exporter.source import Source
 from txopt.runtime.errors import SourceError
 
@@ -144,15 +145,13 @@ def _required(factory: Callable[..., Any]) -> list[str]:
 
 def _cast(module: Any, dtype: torch.dtype) -> Any:
     """The module in ``dtype``: a copy, so that one that its owner goes on training stays as it is."""
-    from txopt.exporter.pretrained import borrowed
-
     if not isinstance(module, torch.nn.Module):
         return module
     try:
         return borrowed(module).to(dtype)
     except Exception as err:  # what holds locks, files or generators cannot be copied
         if all(value.dtype == dtype for value in module.state_dict().values() if value.is_floating_point()):
-            return module
+            return rebuilt(module)
         name = type(module).__name__
         raise SourceError(f"{name} cannot be copied ({err}), and is not {dtype}; give it in that dtype") from err
 

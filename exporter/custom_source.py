@@ -13,6 +13,7 @@ from txopt.exporter import custom_facts, custom_inputs
 from txopt.exporter.cache import CrossCollector, DecodeState
 from txopt.exporter.custom import CrossKV, FullSequence, as_memories, check_layer
 from txopt.exporter.custom_facts import CustomFacts
+from txopt.exporter.custom_steady import steady
 from txopt.exporter.incremental import Incremental
 from txopt.exporter.incremental_check import check
 from txopt.exporter.precision import in_float32
@@ -205,15 +206,22 @@ def _tried(module: Any, facts: CustomFacts) -> _Trial:
     dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
     lengths = custom_inputs.example_lengths(facts.inputs, 2)
     inputs = custom_inputs.examples(facts.inputs, lengths, dtype=dtype)
-    cache = _Recording(tokens, [None if mask is None else inputs[mask] for mask in facts.masks])
+    masks = [None if mask is None else inputs[mask] for mask in facts.masks]
+    caches: list[_Recording] = []
+
+    def decoded() -> Any:
+        caches.append(_Recording(tokens, masks))
+        return module.decode(tokens, returned, caches[-1])
+
     with torch.no_grad():
         with _trial("a source of ids 0"):
-            returned = module.encode(*inputs.values())
+            returned = steady("encode()", lambda: module.encode(*inputs.values()))
         memories = custom_inputs.check_memories(returned, facts.masks, inputs)
         _check_fixed(module, facts, memories, dtype)
         _check_source_ids(module, facts, inputs)
         with _trial(f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}"):
-            logits = module.decode(tokens, returned, cache)
+            logits = steady("decode()", decoded)
+    cache = caches[0]
     _check_logits(logits, tokens.shape[1])
     vocabulary = int(logits.shape[-1])
     problems = [

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from txopt.exporter import custom_inputs
 from txopt.exporter.custom_facts import CustomFacts
+from txopt.exporter.custom_steady import steady
 from txopt.exporter.plain import plain_modules
 from txopt.exporter.source import Memory
 from txopt.runtime.errors import SourceError
@@ -102,6 +103,7 @@ def graph_of(module: Any, facts: CustomFacts) -> tuple[fx.GraphModule, Given]:
             masked = [shape for shape, memory in zip(varying, named, strict=True) if memory.mask is not None]
             shapes = ({0: dynamic, 1: dynamic}, tuple(varying), tuple(masked))
             decoder = FullDecoder(module.eval(), named, isinstance(returned, (tuple, list)))
+            steady("decode()", lambda: decoder(ids, memories, masks))
             program = torch.export.export(decoder, (ids, memories, masks), dynamic_shapes=shapes)
             if any(_in_place(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})

@@ -22,7 +22,11 @@ _OURS = b"\x12\x05txopt"  # producer_name, of the first fields that protobuf wri
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizeReport:
-    """What ``optimize`` did: nodes before and after, fusions by operator ({"fused", "refused"}), and the certificate of parity."""
+    """What ``optimize`` did: nodes before and after, fusions by operator ({"fused", "refused"}), and the certificate of parity.
+
+    ``cache``, where one was asked for: "buffers", outputs by inputs; "position", the input that says where to write; "length", the
+    name of theirs.
+    """
 
     path: Path
     source: Path
@@ -32,6 +36,7 @@ class OptimizeReport:
     operators: dict[str, int]
     fusions: dict[str, dict[str, Any]]
     parity: dict[str, Any]
+    cache: dict[str, Any] | None
     files: dict[str, int]
 
     @property
@@ -48,6 +53,7 @@ def optimize(
     *,
     overwrite: bool = False,
     prove: bool = False,
+    in_place_cache: bool = False,
     progress: Progress | None = None,
 ) -> OptimizeReport:
     """Fuses the .onnx file ``path`` into the directory ``out``: model.onnx, of opset 24, and weights.data.
@@ -57,15 +63,18 @@ def optimize(
         out: the directory to make; it is there as a whole or not at all.
         overwrite: replace what an earlier ``optimize`` left at ``out``; anything else there is never touched.
         prove: replay every fusion alone, and leave out what does not hold.
+        in_place_cache: pasts that grow by Concat become buffers of fixed length, updated in place (docs/optimize.md).
         progress: called with the name of each of STAGES as it begins.
 
     Raises:
-        SourceError: the file cannot be read, is no standard ONNX, or runs on no input that could be drawn.
+        SourceError: the file cannot be read, is no standard ONNX, or runs on no input that could be drawn; or a cache was asked
+            for that cannot be made in place.
         ParityError: the new graph does not say what the file says. ArtifactError: ``out`` may not be written.
     """
     source = _file(path)
     with _FolderWriter(out, overwrite=overwrite) as writer:
-        found = _ask(source, progress, task="optimize", directory=str(writer.directory), prove=prove)
+        asked = {"directory": str(writer.directory), "prove": prove, "in_place_cache": in_place_cache}
+        found = _ask(source, progress, task="optimize", **asked)
         sizes = {name: (writer.directory / name).stat().st_size for name in FILES}
         writer.publish()
     return OptimizeReport(path=Path(out), source=source, files=sizes, **found)

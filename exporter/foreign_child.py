@@ -12,9 +12,14 @@ from txopt.exporter.child import Progress, serve
 from txopt.runtime.errors import TxoptError
 
 
-def optimize(source: Path, directory: Path, progress: Progress, *, prove: bool = False) -> dict[str, Any]:
-    """Writes model.onnx and weights.data into ``directory``, and proves them; gives the report. ``prove``: every fusion alone, too."""
-    from txopt.exporter import foreign_original, foreign_parity, onnx_file, weights
+def optimize(
+    source: Path, directory: Path, progress: Progress, *, prove: bool = False, in_place_cache: bool = False
+) -> dict[str, Any]:
+    """Writes model.onnx and weights.data into ``directory``, and proves them; gives the report.
+
+    ``prove``: every fusion alone, too. ``in_place_cache``: pasts that grow become buffers.
+    """
+    from txopt.exporter import foreign_original, foreign_parity, in_place, in_place_feeds, onnx_file, weights
     from txopt.exporter.fusion import FOREIGN, fuse
     from txopt.exporter.graph import count
     from txopt.exporter.lowering.ort import lower
@@ -22,14 +27,21 @@ def optimize(source: Path, directory: Path, progress: Progress, *, prove: bool =
     progress("read")
     proto = onnx_file.parse(source)
     onnx_file.check(proto, source)
-    facts = {"opset": onnx_file.opset(proto), "nodes_before": len(proto.graph.node)}
+    facts: dict[str, Any] = {"opset": onnx_file.opset(proto), "nodes_before": len(proto.graph.node)}
     model = _prepared(source, progress)
-    original = foreign_original.ask(source, model)
+    if in_place_cache:
+        trials = in_place_feeds.sizes(in_place.pairs(model, source))
+        original = foreign_original.ask(source, model, trials, in_place_feeds.SETS)
+    else:
+        original = foreign_original.ask(source, model)
     if original.renamed:
         model = _prepared(source, progress, original.renamed)
     progress("fuse")
     reports = fuse(model, FOREIGN, [answer.feeds for answer in original.answers] if prove else None)
     fusions = {operator: report.to_json() for operator, report in reports.items()}
+    cache = in_place.rewrite(model, source, reports["Attention"].refused) if in_place_cache else None
+    if cache is not None:
+        original = in_place_feeds.in_buffers(original, cache)
     progress("lower")
     precision = foreign_parity.precision(model)
     lower(model, precision)
@@ -38,7 +50,8 @@ def optimize(source: Path, directory: Path, progress: Progress, *, prove: bool =
     progress("prove")
     parity = foreign_parity.prove(original, directory / "model.onnx", precision)
     nodes = count(model)
-    return {**facts, "nodes_after": sum(nodes.values()), "operators": nodes, "fusions": fusions, "parity": parity}
+    facts |= {"nodes_after": sum(nodes.values()), "operators": nodes, "fusions": fusions, "parity": parity}
+    return facts | {"cache": None if cache is None else cache.to_json()}
 
 
 def inspect(source: Path, progress: Progress) -> dict[str, Any]:
@@ -92,7 +105,8 @@ def work(task: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """One task by its name: "optimize", "inspect" or "look"."""
     source = Path(task["source"])
     if task["task"] == "optimize":
-        return optimize(source, Path(task["directory"]), progress, prove=task["prove"])
+        options = {key: task[key] for key in ("prove", "in_place_cache")}
+        return optimize(source, Path(task["directory"]), progress, **options)
     return inspect(source, progress) if task["task"] == "inspect" else look(task["files"], progress)
 
 

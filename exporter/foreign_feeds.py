@@ -42,7 +42,7 @@ def draw(model: ir.Model, sizes: Sizes, seed: int) -> dict[str, Array]:
     """
     random = np.random.default_rng(seed)
     return {
-        str(value.name): _draw(value, [_length(name, sizes) for name in axes(value)], _bound(value), random)
+        str(value.name): _draw(value, [_length(name, sizes) for name in axes(value)], index_bound(value), random)
         for value in model.graph.inputs
     }
 
@@ -132,7 +132,7 @@ def _draw(value: ir.Value, shape: list[int], bound: int | None, random: np.rando
     return mask
 
 
-def _bound(value: ir.Value) -> int | None:
+def index_bound(value: ir.Value) -> int | None:
     """The length of the shortest table that the numbers of ``value`` index; None where they index none."""
     bounds, seen, waiting = [], {value}, [value]
     while waiting:

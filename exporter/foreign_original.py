@@ -4,7 +4,7 @@ Files often give one name to lengths that differ ("sequence" for source and targ
 source where the target's is meant, and no feed of equal lengths shows it: so the original is asked for unequal ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from pathlib import Path
@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from txopt.exporter.difference import difference
 from txopt.exporter.foreign_feeds import Array, Sizes, axes, candidates, draw, symbols, text
 from txopt.runtime.backends.ort import Runner
-from txopt.runtime.errors import InputError, SourceError, TxoptError
+from txopt.runtime.errors import InputError, SourceError, TxoptError, explain
 
-_SETS = 2
+SETS = 2
+_NOT_IN_NUMPY = ("bfloat16", "float8", "float4")
 _MOST_TRIALS = 40  # of one name; files with a hundred caches share theirs rightly
 _CHANGES = (
     2,
@@ -24,6 +26,7 @@ _CHANGES = (
 )  # both must run: masks may often be longer than what they mask, but not shorter. One more could be a cache's length.
 
 Place = tuple[str, int]  # an input, and one of its axes
+Trials = Callable[[ir.Model, Collection[str]], Iterator[Sizes]]  # as foreign_feeds.candidates
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Answer:
     sizes: Sizes
     feeds: dict[str, Array]
     outputs: dict[str, Array]
+
+    def errors(self, found: Mapping[str, Array]) -> dict[str, float]:
+        """How far outputs ``found`` of another graph are from these."""
+        return {name: difference(expected, found[name]) for name, expected in self.outputs.items()}
 
 
 @dataclass(frozen=True)
@@ -49,25 +56,42 @@ class Original:
     renamed: dict[Place, str] = field(default_factory=dict)
 
 
-def ask(path: Path, model: ir.Model) -> Original:
+def ask(path: Path, model: ir.Model, trials: Trials = candidates, sets: int = SETS) -> Original:
     """Opens the file once; ``model`` is its graph, whose inputs have their new names afterwards.
 
+    ``sets`` of the sizes that ``trials`` gives are answered, the first that the file takes.
+
     Raises:
-        SourceError: ONNX Runtime does not open the file, or it has inputs that cannot be drawn.
+        SourceError: ONNX Runtime does not open the file, or it has inputs that cannot be drawn or outputs that cannot be compared.
     """
     try:
         runner = Runner(path, as_written=True)
     except TxoptError as err:
         raise SourceError(f"{path}: expected a graph that ONNX Runtime opens, found: {err}") from err
-    first = _answers(Original(path), runner, model, sets=1)
+    _check_ends(path, runner)
+    first = _answers(Original(path), runner, model, trials, sets=1)
     if not first.answers:
         return first
     renamed = _untrue(runner, model, _base(runner, model, first.answers[0].sizes))
-    return _answers(Original(path, renamed=renamed), runner, model, sets=_SETS)
+    return _answers(Original(path, renamed=renamed), runner, model, trials, sets=sets)
 
 
-def _answers(original: Original, runner: Runner, model: ir.Model, *, sets: int) -> Original:
-    for seed, sizes in enumerate(candidates(model, set(original.renamed.values()))):
+def _check_ends(path: Path, runner: Runner) -> None:
+    """Raises SourceError where an input cannot be drawn or an output compared, because numpy has no such numbers."""
+    opened = runner.opened()
+    ends = {**opened.inputs, **opened.outputs}
+    problems = [
+        f"{name}: expected float16, float32, float64, integers or booleans, which numpy has to draw and compare, found {dtype}; "
+        "export it with float32 or float16 there"
+        for name, (dtype, _) in ends.items()
+        if dtype.startswith(_NOT_IN_NUMPY)
+    ]
+    if problems:
+        raise SourceError(explain(f"{path}: its inputs and outputs cannot be proved:", problems))
+
+
+def _answers(original: Original, runner: Runner, model: ir.Model, trials: Trials, *, sets: int) -> Original:
+    for seed, sizes in enumerate(trials(model, set(original.renamed.values()))):
         feeds = draw(model, sizes, seed)
         try:
             original.answers.append(Answer(sizes, feeds, _answer(runner, feeds)))

@@ -27,7 +27,7 @@ def facts_of(module: PreTrainedModel, family: Family) -> Facts:
     task = family.task
     outputs: tuple[str, ...] = ()
     if family.kind == "encoder":
-        name = type(module).__name__
+        name = known_as(type(module))
         task, outputs = next((value for suffix, value in ENCODER_TASKS.items() if name.endswith(suffix)), EMBEDDING)
     text = config.get_text_config(decoder=True) if family.kind != "encoder" else config
     vocabulary = int(getattr(text, "decoder_vocab_size", None) or text.vocab_size)
@@ -50,6 +50,11 @@ def facts_of(module: PreTrainedModel, family: Family) -> Facts:
         labels={str(k): str(v) for k, v in config.id2label.items()} if outputs == ("logits",) else None,
         scores=_scores(config, task) if outputs == ("logits",) else None,
     )
+
+
+def known_as(kind: type) -> str:
+    """The name of the class of transformers that ``kind`` is or extends, which says what the model is for."""
+    return next((each.__name__ for each in kind.__mro__ if each.__module__.startswith("transformers.")), kind.__name__)
 
 
 def _memory(inputs: Sequence[Input]) -> Memory:
@@ -100,8 +105,8 @@ def _attribute(config: Any, path: str) -> int:
             value = value[int(name)] if isinstance(value, (list, tuple)) else value
         elif not hasattr(value, name):
             raise SourceError(
-                f"config.json has no {path}, a size that txopt needs; a model of another kind goes through the custom door "
-                "(docs/custom-models.md)"
+                f"the model's configuration has no {path}, a size that txopt needs; a model of another kind goes through the custom "
+                "door (docs/custom-models.md)"
             )
         else:
             value = getattr(value, name)
@@ -129,4 +134,6 @@ def check_limits(facts: Facts, family: Family) -> None:
         if name is not None and size is not None and size < LEAST_POSITIONS
     ]
     if problems:
-        raise SourceError(explain("config.json has too few positions to run; use a checkpoint with more:", problems))
+        raise SourceError(
+            explain("the model's configuration has too few positions to run; use a model with more:", problems)
+        )

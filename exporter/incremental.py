@@ -50,7 +50,7 @@ class Incremental(nn.Module):
         self.graph, self.given = graph_of(module, facts)
         self.tokens = self.given.tokens
         kinds = kinds_of(self.graph.graph, self.given)
-        written_attention.fuse(self.graph.graph, lambda node: kinds[node] is Kind.TOKENS)
+        self._unknown = written_attention.fuse(self.graph.graph, lambda node: kinds[node] is Kind.TOKENS)
         self.nodes = [node for node in self.graph.graph.nodes if node.op in ("get_attr", "call_function", "output")]
         self.kinds = kinds_of(self.graph.graph, self.given)
         self.read = memories_read(self.graph.graph, self.given)
@@ -73,8 +73,23 @@ class Incremental(nn.Module):
         for node, table in tables.items():
             for user in node.users:
                 if self.kinds[user] is Kind.TOKENS and user.target is not ATTENTION:
+                    self._check_not_related(table, user)
                     table.prepare(*_rank_and_rows(user, self.tokens))
         return tables
+
+    def _check_not_related(self, table: "Table", user: fx.Node) -> None:
+        """Raises SourceError where tokens meet a table of pairs of positions, and attention does not: a mask, most often."""
+        if len(table.axes) < 2:
+            return
+        order = {node: index for index, node in enumerate(self.graph.graph.nodes)}
+        later = (self._unknown[node] for node in order if node in self._unknown and order[node] > order[user])
+        obstacle = next(later, None)
+        advice = (
+            "" if obstacle is None else f"; its softmax is no attention that is known, because of {place(obstacle)}"
+        )
+        raise SourceError(
+            f"{place(user)} relates positions to each other outside of an attention, by {place(table.node)}{advice}"
+        )
 
     def _constants(self) -> dict[fx.Node, Constant]:
         """The number behind every value of the source that meets the tokens outside of an attention."""
@@ -149,8 +164,6 @@ class Table(nn.Module):
         """Makes ``rows`` possible for values of ``rank`` axes of which ``batch`` is the rows': positions first, once and for all."""
         if not self.axes or (rank, batch) in self._orders:
             return
-        if len(self.axes) > 1:
-            raise SourceError(f"{place(self.node)} relates positions to each other outside of an attention")
         wide = self.value.reshape((1,) * (rank - self.value.dim()) + tuple(self.value.shape))
         axis = self.axes[0] + rank - self.value.dim()
         if axis == batch or wide.shape[batch] != 1:

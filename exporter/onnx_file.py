@@ -119,6 +119,14 @@ def clean(model: ir.Model) -> None:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     remove_identities(model.graph)  # not those of subgraphs, whose outputs may be nothing else
     transpose_weights(model)
+    fold(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    _bring_in(model)
+    model.producer_name, model.producer_version = "txopt", None
+
+
+def fold(model: ir.Model) -> None:
+    """Changes ``model`` in place: constants of up to FOLD_LIMIT elements folded, equal nodes made one, unused ones removed."""
     for _ in range(2):  # what was folded may make two nodes equal, and those a constant
         optimizer.fold_constants(
             model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
@@ -128,9 +136,6 @@ def clean(model: ir.Model) -> None:
         passes.CommonSubexpressionEliminationPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedOpsetsPass()(model)
-    _bring_in(model)
-    model.producer_name, model.producer_version = "txopt", None
 
 
 def _bring_in(model: ir.Model) -> None:

@@ -91,7 +91,8 @@ def open_folder(path: Path) -> Folder:
     family = find(config.model_type)
     if family.kind != "encoder-decoder":
         raise SourceError(
-            f"{path}/config.json is of a {family.kind} ({config.model_type}), but its files are an encoder-decoder's"
+            f"{path}/config.json is of {'an' if family.kind == 'encoder' else 'a'} {family.kind} ({config.model_type}), but its files "
+            "are an encoder-decoder's"
         )
     return Folder(
         path=path,

@@ -5,6 +5,7 @@ parity leaves nothing at OUT.
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import version
@@ -20,12 +21,14 @@ from txopt.exporter.fusion.report import Report
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.optimum_folder import is_folder
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
+from txopt.exporter.quantize import STAGES as QUANTIZE_STAGES
+from txopt.exporter.quantize import Options, quantize
 from txopt.exporter.trace import Trace, trace
 from txopt.runtime import cases as reference_cases
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import UsageError, explain
 from txopt.runtime.graphs import format_needed
-from txopt.runtime.manifest import Manifest
+from txopt.runtime.manifest import QUANTIZED, Manifest
 from txopt.runtime.options import UNSUPPORTED, GenerationOptions
 from txopt.runtime.parity import ParityReport, replay
 from txopt.runtime.writer import ArtifactWriter
@@ -39,6 +42,11 @@ _GENERATION = {field.name for field in fields(GenerationOptions)} | set(UNSUPPOR
 Progress = Callable[[str], None]
 
 
+def stages(precision: str) -> tuple[str, ...]:
+    """The stages of an export, in order."""
+    return (*STAGES, *QUANTIZE_STAGES) if precision in QUANTIZED else STAGES
+
+
 def export(
     source: Any,
     out: str | os.PathLike[str],
@@ -46,27 +54,41 @@ def export(
     target: str = "cpu",
     precision: str = "fp32",
     trust_remote_code: bool = False,
+    calibration: Any = None,
+    max_loss: float | None = None,
+    metric: str | None = None,
+    method: str | None = None,
     overwrite: bool = False,
     prove: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
     """Traces ``source``, fuses, writes and verifies; the artifact is at ``out`` only if it says what PyTorch says.
 
+    With a precision of integers, the artifact of float32 is then quantized, and at ``out`` only if it lost no more than ``max_loss``.
+
     Args:
         source: a checkpoint's directory or hub id, "package.module:factory", a custom module itself, or a folder of Optimum's.
         out: the directory to make.
         target: what the graphs are lowered for: "cpu" or "cuda".
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16" or "bf16"; "int8" or "int4".
         trust_remote_code: run code that came with a checkpoint.
+        calibration, max_loss, metric, method: for "int8" and "int4", see ``quantize.Options``.
         overwrite: replace the artifact that is at ``out``.
         prove: replay every rewrite of the graphs alone, and leave out what does not hold.
-        progress: called with the name of each of STAGES as it begins.
+        progress: called with the name of each of ``stages`` as it begins.
 
     Raises:
         SourceError: the source cannot be read or is not supported. UsageError: an option is wrong.
-        ParityError: the graphs deviate from PyTorch; nothing is left at ``out``.
+        ParityError: the graphs deviate from PyTorch; nothing is left at ``out``. LossError: quantization lost too much; the same.
     """
-    _check_options(target, precision)
+    asked = {"calibration": calibration, "max_loss": max_loss, "metric": metric, "method": method}
+    _check_options(target, precision, asked)
+    if precision in QUANTIZED:
+        Options(precision=precision, **asked).check()
+        with tempfile.TemporaryDirectory(prefix="txopt-") as folder, ArtifactWriter(out, overwrite=overwrite):
+            whole = Path(folder) / Path(out).name
+            export(source, whole, target=target, trust_remote_code=trust_remote_code, prove=prove, progress=progress)
+            return quantize(whole, out, precision=precision, overwrite=overwrite, progress=progress, **asked)
     report = progress or (lambda stage: None)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         if is_folder(source):
@@ -119,12 +141,17 @@ def _check_same(ours: Manifest, kind: str, task: str) -> None:
         raise UsageError(f"the artifact is of a {ours.kind} ({ours.task}), the source a {kind} ({task})")
 
 
-def _check_options(target: str, precision: str) -> None:
+def _check_options(target: str, precision: str, asked: Mapping[str, Any]) -> None:
     problems = []
     if target not in LOWERINGS:
         problems.append(f"target: expected one of {', '.join(LOWERINGS)}, got {target!r}")
-    if precision not in DTYPES:
-        problems.append(f"precision: expected one of {', '.join(DTYPES)}, got {precision!r}")
+    if precision not in (*DTYPES, *QUANTIZED):
+        problems.append(f"precision: expected one of {', '.join((*DTYPES, *QUANTIZED))}, got {precision!r}")
+    elif precision in QUANTIZED and target != "cpu":
+        problems.append(f"precision: {precision} is for the cpu target alone, got target {target!r}")
+    elif precision not in QUANTIZED:
+        given = [name for name, value in asked.items() if value is not None]
+        problems += [f"{name}: is for {' and '.join(QUANTIZED)}; leave it out at {precision}" for name in given]
     if problems:
         raise UsageError(explain("this export cannot be made:", problems))
 

@@ -3,19 +3,18 @@
 Reads config.json and safetensors; never a pickle, never the network.
 """
 
-import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 
+from txopt.exporter.borrowed import borrowed
 from txopt.exporter.families import find
 from txopt.exporter.families.family import Family
 from txopt.exporter.huggingface import HuggingFaceSource
-from txopt.exporter.huggingface_facts import ENCODER_TASKS
+from txopt.exporter.huggingface_facts import ENCODER_TASKS, known_as
 from txopt.exporter.pooling import read_pooling
 from txopt.exporter.positions import computed_tables, make_tables
 from txopt.runtime.errors import SourceError, explain
@@ -49,7 +48,7 @@ def load(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False
         )
     if family.kind == "encoder" and not getattr(config, "is_decoder", False):
         architecture = _body(architecture, directory)
-    _check_architecture(architecture, family, config)
+    _check_architecture(architecture, family, config, f"config.json of {directory} names")
     module = _read(architecture, directory, config, dtype)
     pooling = read_pooling(directory) if family.kind == "encoder" else None
     return HuggingFaceSource(module, family, pooling)
@@ -63,10 +62,10 @@ def adopt(module: PreTrainedModel, dtype: torch.dtype) -> HuggingFaceSource:
     """
     family = find(module.config.model_type)
     name = type(module).__name__
-    if family.kind == "encoder" and name.endswith(LANGUAGE_HEADS):
+    if family.kind == "encoder" and known_as(type(module)).endswith(LANGUAGE_HEADS):
         logger.warning("%s is exported without its language-model head, for embeddings", name)
         module = module.base_model
-    _check_architecture(type(module), family, module.config)
+    _check_architecture(type(module), family, module.config, "the model has")
     try:
         copied: Any = borrowed(module).to(device="cpu", dtype=dtype)
     except Exception as err:  # tensors that were computed, locks, files
@@ -74,12 +73,6 @@ def adopt(module: PreTrainedModel, dtype: torch.dtype) -> HuggingFaceSource:
         raise SourceError(f"{name} cannot be copied ({str(err).strip().splitlines()[0]}); {advice}") from err
     make_tables(copied, dtype)
     return HuggingFaceSource(copied, family)
-
-
-def borrowed(module: nn.Module) -> Any:
-    """A copy of ``module`` over the same numbers: frozen or set to another mode, it does nothing to the original."""
-    shared = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in module.parameters()}
-    return copy.deepcopy(module, {**shared, **{id(buffer): buffer for buffer in module.buffers()}})
 
 
 def _body(architecture: Any, directory: Path) -> Any:
@@ -99,11 +92,16 @@ def _body(architecture: Any, directory: Path) -> Any:
     return body
 
 
-def _check_architecture(architecture: Any, family: Family, config: Any) -> None:
-    """Refuses a head or a decoder that the family's road does not carry, before anything is loaded."""
-    name = architecture.__name__
+def _check_architecture(architecture: Any, family: Family, config: Any, subject: str) -> None:
+    """Refuses a head or a decoder that the family's road does not carry, before anything is loaded.
+
+    ``subject`` is who says so, with its verb: a file that names the architecture, or the model that has it.
+    """
+    name = known_as(architecture)
     if family.kind == "encoder":
-        fits = name.endswith((*ENCODER_TASKS, "Model")) and not getattr(config, "is_decoder", False)
+        speaks = issubclass(architecture, GenerationMixin) or getattr(config, "is_decoder", False)
+        body = name.endswith("Model") and not name.endswith("PreTrainedModel")  # which has no forward of its own
+        fits = (body or name.endswith(tuple(ENCODER_TASKS))) and not speaks
         expected = "a model without a head (...Model), ...ForSequenceClassification, ...ForTokenClassification or ...ForMaskedLM"
         advice = (
             "to keep the body alone, load the checkpoint in transformers and model.base_model.save_pretrained(...) it"
@@ -114,12 +112,13 @@ def _check_architecture(architecture: Any, family: Family, config: Any) -> None:
         advice = "load the checkpoint as such a class in transformers and save_pretrained() it"
     if not fits:
         kind = "a decoder" if getattr(config, "is_decoder", False) or family.kind == "decoder" else f"an {family.kind}"
-        raise SourceError(f"config.json names the architecture {name!r}, as {kind}: expected {expected}; {advice}")
+        found = f"{architecture.__name__!r}" + ("" if architecture.__name__ == name else f" (a {name})")
+        raise SourceError(f"{subject} the architecture {found}, as {kind}: expected {expected}; {advice}")
     decoder = getattr(config, "decoder", None)
     if family.decoders and decoder is not None and decoder.model_type not in family.decoders:
         crosses = getattr(decoder, "add_cross_attention", False)
         raise SourceError(
-            f"config.json has a decoder of model_type {decoder.model_type!r}"
+            f"the model's configuration has a decoder of model_type {decoder.model_type!r}"
             f"{'' if crosses else ', and without cross-attention (add_cross_attention: false)'}: a {family.name} is supported "
             f"with {' or '.join(family.decoders)}; other decoders go through the custom door (docs/custom-models.md)"
         )

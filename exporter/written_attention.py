@@ -37,15 +37,16 @@ class _Scores:
     added: list[fx.Node] = field(default_factory=list)
 
 
-def fuse(graph: fx.Graph, of_tokens: Callable[[fx.Node], bool]) -> int:
-    """Rewrites ``graph``; ``of_tokens`` says what depends on the tokens. Gives the number of attentions found."""
+def fuse(graph: fx.Graph, of_tokens: Callable[[fx.Node], bool]) -> dict[fx.Node, fx.Node]:
+    """Rewrites ``graph``; ``of_tokens`` says what depends on the tokens. Gives each softmax that is left, and what was in its way."""
     einsum.as_matmul(graph)
-    found = 0
+    left = {}
     for softmax in [node for node in graph.nodes if node.target in _SOFTMAX]:
         axis, rank = softmax.args[1], len(softmax.meta["val"].shape)
         last = _product(softmax)
         match = _scores(softmax.args[0], of_tokens)
-        if axis not in (-1, rank - 1) or rank != 4 or last is None or match is None:
+        if axis not in (-1, rank - 1) or rank != 4 or last is None or isinstance(match, fx.Node):
+            left[softmax] = match if isinstance(match, fx.Node) else softmax
             continue
         q, k, scores = match
         with graph.inserting_before(last):
@@ -56,9 +57,8 @@ def fuse(graph: fx.Graph, of_tokens: Callable[[fx.Node], bool]) -> int:
             )
         attention.meta = dict(last.meta)
         last.replace_all_uses_with(attention)
-        found += 1
     graph.eliminate_dead_code()
-    return found
+    return left
 
 
 def _product(softmax: fx.Node) -> fx.Node | None:
@@ -74,27 +74,29 @@ def _product(softmax: fx.Node) -> fx.Node | None:
     return None
 
 
-def _scores(node: Any, of_tokens: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node, _Scores] | None:
-    """(Q, K, the rest) of the scores ``node``."""
+def _scores(node: fx.Node, of_tokens: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node, _Scores] | fx.Node:
+    """(Q, K, the rest) of the scores ``node``, or the node on the way to them that does something else."""
     found = _Scores()
     scaled = False
-    while isinstance(node, fx.Node) and len(node.users) == 1:
+    while len(node.users) == 1:
         if node.target in _MATMUL:
             k = _transposed(node.args[1])
             q, factor = _unscaled(node.args[0])
             found.scale *= factor
-            return None if k is None or not isinstance(q, fx.Node) else (q, k, found)
+            return node if k is None or not isinstance(q, fx.Node) else (q, k, found)
         if node.target in _MULTIPLY and _number(node.args[1]):
             found.scale *= float(node.args[1]) ** _MULTIPLY[node.target]  # type: ignore[arg-type]
-            node, scaled = node.args[0], True
-            continue
-        if node.target in _SAME_VALUE:
-            node = node.args[0]
-            continue
-        if scaled:  # the number multiplies this mask, too
-            return None
-        node = _unmasked(node, found, of_tokens)
-    return None
+            before, scaled = node.args[0], True
+        elif node.target in _SAME_VALUE:
+            before = node.args[0]
+        elif scaled:  # the number multiplies this mask, too
+            return node
+        else:
+            before = _unmasked(node, found, of_tokens)
+        if not isinstance(before, fx.Node):
+            return node
+        node = before
+    return node
 
 
 def _unmasked(node: fx.Node, found: _Scores, of_tokens: Callable[[fx.Node], bool]) -> Any:

@@ -5,6 +5,7 @@ TxoptError                    exit code 1: a defect of txopt
 │   ├── InputError            tensors, text, audio or images that do not fit the model
 │   ├── SourceError           a checkpoint or module that txopt cannot read or does not support
 │   └── ArtifactError         an artifact that is damaged, unsafe, too new, or not one at all
+│       └── StaleError        a sound result of an earlier run, made from something else than what is asked for now
 ├── ParityError               exit code 3: the artifact does not say what PyTorch said
 ├── LossError                 exit code 3: quantization lost more of the task's metric than allowed
 └── MissingDependencyError    exit code 4: an optional engine or package is not installed
@@ -35,6 +36,10 @@ class SourceError(UsageError):
 
 class ArtifactError(UsageError):
     """An artifact that is damaged, unsafe, written by a newer txopt, or not an artifact."""
+
+
+class StaleError(ArtifactError):
+    """A stored result made from another graph, other data or other settings; making it anew mends it."""
 
 
 class ParityError(TxoptError):

@@ -11,7 +11,14 @@ import numpy as np
 
 from txopt.runtime.arrays import Array, as_array
 from txopt.runtime.errors import InputError, explain
-from txopt.runtime.graphs import GLOBAL_MASK, Axes, GraphSpec, TensorSpec
+from txopt.runtime.graphs import FLOATS, GLOBAL_MASK, Axes, GraphSpec, TensorSpec
+
+_DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "bool": np.bool_}
+_LARGEST = {
+    "float32": float(np.finfo(np.float32).max),
+    "float16": float(np.finfo(np.float16).max),
+    "bfloat16": (2 - 2**-7) * 2.0**127,
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ def check_inputs(
     bounds: Mapping[str, Bound] | None = None,
     samples: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, Array]:
-    """The graph's feeds, in its dtypes; every problem with ``inputs`` in one InputError.
+    """The graph's feeds, in its dtypes, bfloat16 as its bits; every problem with ``inputs`` in one InputError.
 
     Args:
         spec: the encoder's; what varies in its inputs' axes agrees within a call.
@@ -76,7 +83,7 @@ def check_inputs(
         problems = _unheard(given["input_values"], given.get("attention_mask"), *samples)
     if problems:
         raise InputError(explain("the inputs do not fit the model:", problems))
-    return {name: value.astype(_dtype(known[name]), copy=False) for name, value in given.items()}
+    return {name: _as_fed(known[name], value) for name, value in given.items()}
 
 
 def axes_of(axes: Axes) -> str:
@@ -85,16 +92,17 @@ def axes_of(axes: Axes) -> str:
 
 def _misfits(item: TensorSpec, value: Array, sizes: dict[str, int]) -> list[str]:
     found = f"{item.name}: expected {item.dtype} {axes_of(item.axes)}, got {value.dtype} {list(value.shape)}"
-    integral = item.dtype.startswith("int")
+    integral, floating = item.dtype.startswith("int"), item.dtype in FLOATS
     if integral and value.size and value.dtype.kind in "iu" and value.min() < 0:
         return [f"{item.name}: expected ids and masks of at least 0, got {value.min()}"]
-    if value.dtype.kind not in ("iub" if integral else "f") or value.ndim != len(item.axes) or 0 in value.shape:
+    kinds = "f" if floating else "iub" if integral else "b"
+    if value.dtype.kind not in kinds or value.ndim != len(item.axes) or 0 in value.shape:
         return [found]
     for axis, size in zip(item.axes, value.shape, strict=True):
         expected = axis if isinstance(axis, int) else sizes.setdefault(axis, size)
         if size != expected:
             return [found if isinstance(axis, int) else f"{found} ({axis} is {expected} in the inputs before it)"]
-    if not integral and not (extreme := np.abs(value).max()) <= np.finfo(_dtype(item)).max:
+    if floating and not (extreme := np.abs(value).max()) <= _LARGEST[item.dtype]:
         return [
             f"{item.name}: expected finite numbers that {item.dtype} holds, got {extreme}; look where they come from"
         ]
@@ -129,5 +137,9 @@ def _unheard(sound: Array, mask: Array | None, least: int | None, most: int | No
     return problems
 
 
-def _dtype(item: TensorSpec) -> type[Any]:
-    return {"int64": np.int64, "float32": np.float32, "float16": np.float16}[item.dtype]
+def _as_fed(item: TensorSpec, value: Array) -> Array:
+    """In the dtype of the input; numpy has no bfloat16, so its bits, of the nearest number, a tie to the even one."""
+    if item.dtype != "bfloat16":
+        return value.astype(_DTYPES[item.dtype], copy=False)
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)

@@ -221,9 +221,11 @@ def _searched(
     failures += _start_problems(model, case, search)
     got = model.generate(**case.inputs, **start, **case.options[search])
     allowed = 2 * tolerance * max(1.0, float(np.abs(case.expected["logits"]).max()))
+    filled = GenerationOptions.merge(model.manifest.generation, case.options[search])
+    fill = filled.eos_ids if filled.pad_token_id is None else (filled.pad_token_id,)
     agree = 0
     for row, (want, have) in enumerate(zip(expected, got.sequences, strict=True)):
-        differs = _first_difference(want, have)
+        differs = _first_difference(want, have, fill)
         if differs is None:
             agree += 1
             continue
@@ -251,12 +253,14 @@ def _start_problems(model: Model, case: Case, search: str) -> list[str]:
     return [f'case "{case.name}", {search}: PyTorch starts with id {started[0]}, the manifest says {said}']
 
 
-def _first_difference(want: Array, have: Array) -> int | None:
+def _first_difference(want: Array, have: Array, fill: Sequence[int]) -> int | None:
+    """Where two rows part; not where one has more of what fills rows up until the longest of a batch ends."""
     width = min(len(want), len(have))
     unequal = np.flatnonzero(want[:width] != have[:width])
     if len(unequal):
         return int(unequal[0])
-    return None if len(want) == len(have) else width
+    rest = np.concatenate([want[width:], have[width:]])
+    return None if np.isin(rest, fill).all() else width
 
 
 def _margin(case: Case, row: int, token: int) -> float | None:

@@ -18,12 +18,12 @@ from txopt.runtime.arrays import as_array
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Call, Runner
 from txopt.runtime.counts import allocating, count
-from txopt.runtime.errors import ArtifactError, InputError, UsageError, explain
-from txopt.runtime.graphs import MASKS, Axes, CacheSpec, GraphSpec, source_masks
+from txopt.runtime.errors import ArtifactError, InputError, TxoptError, UsageError, explain
+from txopt.runtime.graphs import MASKS, Axes, CacheSpec, GraphSpec, frame_masks, source_masks
 from txopt.runtime.inputs import axes_of, bounds_of, check_inputs
 from txopt.runtime.manifest import QUANTIZED
 from txopt.runtime.opened import mismatches
-from txopt.runtime.strict_json import limited
+from txopt.runtime.strict_json import limited, show
 
 FIRST_BUCKET = 64  # self-cache length of a new decoder; attention costs time in proportion to it
 
@@ -34,7 +34,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoder's results, where the engine left them, by output name; ``masks`` int64 [B,T] by input name."""
+    """The encoder's results, where the engine left them, by output name; ``masks`` int64 [B,T] by the name that such an input has."""
 
     batch: int
     values: dict[str, Any]
@@ -70,7 +70,7 @@ class Session:
                 "swapped?); export it again:"
             )
             raise ArtifactError(explain(title, limited(problems)))
-        self._masks = source_masks(self.manifest.graphs)
+        self._masks, self._made = source_masks(self.manifest.graphs), frame_masks(self.manifest.graphs)
         frontend = self.manifest.frontend
         self._bounds = bounds_of(frontend)
         self._samples = frontend.get("least_samples"), frontend.get("most_samples")
@@ -95,8 +95,8 @@ class Session:
         if self._aligns:
             feeds = aligned(self.manifest.graphs["encoder"], feeds, self._masks, self._bounds)
         values = runner.run(feeds)
-        made = {name: values.get(f"{MASKS}{name}") for name in self._masks}
-        masks = {name: feeds[name] if mask is None else runner.array(mask) for name, mask in made.items()}
+        masks = {name: feeds[name] for name in self._masks}
+        masks |= {name.removeprefix(MASKS): runner.array(values[name]) for name in self._made}
         return Encoded(len(next(iter(feeds.values()))), values, masks)
 
     def decoder(self, encoded: Encoded | None, *, beams: int = 1, batch: int = 1) -> "RowDecoder":
@@ -192,7 +192,7 @@ class RowDecoder:
         self._ids[:, 0] = ids
         if not self._runner.on_host:
             return self.feed(self._ids)[:, 0]
-        self._step.run()
+        self._run(self._step, 1)
         self._position += 1
         self._longest += 1
         return self._logits[:, 0]
@@ -204,10 +204,32 @@ class RowDecoder:
         self._reserve(self._longest + queries)
         logits = np.empty((rows, queries, self._vocabulary), np.float32)
         bound = self._runner.tensor(logits)
-        self._bind(np.ascontiguousarray(ids, np.int64), bound).run()
+        self._run(self._bind(np.ascontiguousarray(ids, np.int64), bound), queries)
         self._position += queries
         self._longest += queries
         return logits if self._runner.on_host else self._runner.view(bound)
+
+    def _run(self, call: Call, queries: int) -> None:
+        """Runs ``call`` of so many tokens a row; ArtifactError where it is their positions that cannot be run."""
+        try:
+            call.run()
+        except TxoptError as err:
+            last = int(self._position.max()) + queries - 1
+            if self._runs_at(last) or not self._runs_at(0):
+                raise
+            raise ArtifactError(
+                f"manifest.json: cache.max_length: expected positions that the decoder's graph has, found {show(self.max_length)}, "
+                f"and it fails at position {last}: was the manifest edited? Export it again, or stop before; {err}"
+            ) from err
+
+    def _runs_at(self, position: int) -> bool:
+        """Whether one token runs there; of what is in the buffers, only ``position`` is written."""
+        positions, ids = np.full_like(self._position, position), np.zeros_like(self._ids)
+        try:
+            self._bind(ids, np.empty_like(self._logits), positions).run()
+        except TxoptError:
+            return False
+        return True
 
     def reorder(self, rows: Ids) -> None:
         """Row i goes on as what row ``rows[i]``, of the same source, was.
@@ -272,10 +294,12 @@ class RowDecoder:
         numbers = len(self.names) * self._cache.heads * self._cache.head_size * positions
         return rows * numbers * (4 if self._cache.dtype == "float32" else 2)
 
-    def _bind(self, ids: Ids, logits: Any) -> Call:
+    def _bind(self, ids: Ids, logits: Any, positions: Ids | None = None) -> Call:
+        """A call for ``ids`` at the rows' own positions, or at ``positions``."""
         tensor = self._runner.tensor
         bound = tensor(logits) if isinstance(logits, np.ndarray) else logits
-        inputs = {"input_ids": tensor(ids), "position": tensor(self._position), **self._fixed, **self._buffers}
+        position = self._position if positions is None else positions
+        inputs = {"input_ids": tensor(ids), "position": tensor(position), **self._fixed, **self._buffers}
         outputs = {name.replace("self_", "present_"): value for name, value in self._buffers.items()}
         return self._runner.bind(inputs, {"logits": bound, **outputs})
 

@@ -119,3 +119,34 @@ def test_3_a_graph_that_does_not_answer_the_same_twice(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, "")
     assert "y deviates" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["in.onnx"]
+
+
+PAST = "present = Concat<axis = 2>(past, new) y = Attention(new, present, present)"
+
+
+def save_a_step(folder: Path, nodes: str = PAST) -> None:
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+    net (float[B,2,L,4] new, float[B,2,P,4] past) => (float[B,2,L,4] y, float[B,2,N,4] present) {{ {nodes} }}"""
+    onnx.save(onnx.parser.parse_model(text), folder / "in.onnx")
+
+
+def test_0_in_place_cache_says_what_became_a_buffer(tmp_path: Path) -> None:
+    save_a_step(tmp_path)
+    done = txopt("optimize", "in.onnx", "out", "--in-place-cache", "--quiet", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  1 buffer of cache_length places, written in place at cache_position: past as present\n" in done.stdout
+    assert (
+        "at B=2, P=6, L=4, cache_length=14 and B=3, P=9, L=1, cache_length=11 and 3 other sets of sizes: largest error "
+        in done.stdout
+    )
+    done = txopt("optimize", "in.onnx", "out", "--in-place-cache", "--json", "--quiet", "--overwrite", cwd=tmp_path)
+    cache = json.loads(done.stdout)["cache"]
+    assert cache == {"buffers": {"past": "present"}, "position": "cache_position", "length": "cache_length"}
+
+
+def test_2_in_place_cache_of_a_file_without_a_past(tmp_path: Path) -> None:
+    save(tmp_path)
+    done = txopt("optimize", "in.onnx", "out", "--in-place-cache", "--quiet", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "in.onnx: nothing to turn into a buffer; expected Concat(past, new) along axis 2" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["in.onnx"]

@@ -52,6 +52,8 @@ RULES = {
     "benchmarks/fused_speed.py": rule(
         "txopt.exporter txopt.benchmarks numpy", "onnxruntime"
     ),  # foreign files, as they are
+    "benchmarks/in_place.py": rule("txopt.exporter txopt.benchmarks numpy", "onnxruntime torch"),
+    "benchmarks/kernels.py": rule("", "onnxruntime"),
     "benchmarks/operators.py": rule("txopt.benchmarks numpy", "onnx onnxruntime"),
     "benchmarks/fusers.py": rule("txopt.exporter", "onnx onnx_ir onnxruntime onnxscript"),
 }

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import txopt
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.errors import ArtifactError, ParityError
+from txopt.runtime.backends.ort import Call
+from txopt.runtime.errors import ArtifactError, ParityError, TxoptError
 from txopt.summary import of_artifact
 
 
@@ -72,3 +75,32 @@ def test_cases_without_their_tensors_are_refused(artifact: Path, tmp_path: Path)
     (copy / "manifest.json").write_text(json.dumps(document), "utf-8")
     with pytest.raises(ArtifactError, match="single/tokens"):
         txopt.verify(copy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [4096, None])
+def test_a_cache_longer_than_the_models_positions_is_named(edited: Callable[[str, Any], Path], value: Any) -> None:
+    """The table of positions is in the graph: only running it tells."""
+    model = txopt.load(edited("cache/max_length", value))
+    source = {"input_ids": [[3, 4, 5]]}
+    said = f"cache.max_length: expected positions that the decoder's graph has, found {value}, and it fails at position"
+    with pytest.raises(ArtifactError, match=re.escape(f"{said} 64")):
+        model.generate(**source, max_new_tokens=200, min_new_tokens=200, num_beams=1)
+    with pytest.raises(ArtifactError, match=re.escape(f"{said} 2999")):
+        model.decode(model.encode(**source)).prefill(np.full((1, 3000), 3))
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_at_any_position_is_not_the_manifests_fault(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = txopt.load(artifact)
+    decoder = model.decode(model.encode(input_ids=[[3, 4, 5]]))
+
+    def failing(self: Call) -> None:
+        raise TxoptError("the engine failed: no memory")
+
+    monkeypatch.setattr(Call, "run", failing)
+    with pytest.raises(TxoptError, match="no memory") as caught:
+        decoder.prefill(np.full((1, 3), 3))
+    assert not isinstance(caught.value, ArtifactError)

@@ -131,8 +131,8 @@ def two_streams(module: nn.Module) -> nn.Module:
     model: Any = module
     if model.padding_idx != 0:
         raise SourceError(
-            f"config.json: pad_token_id: expected 0, got {model.padding_idx}; transformers' ProphetNet counts positions from it and "
-            "generates with 0 alone"
+            f"the model's configuration: pad_token_id: expected 0, got {model.padding_idx}; transformers' ProphetNet counts "
+            "positions from it and generates with 0 alone"
         )
     model.prophetnet.encoder.register_forward_pre_hook(_with_float_mask, with_kwargs=True)
     for layer in model.prophetnet.encoder.layers:

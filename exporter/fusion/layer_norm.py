@@ -138,7 +138,7 @@ def _end(shifted: ir.Node, found: _Statistics) -> _End | str:
     root, exponent = power(shifted)
     if root is None:
         return "the variance and epsilon are not used as a root alone"
-    top, others = inverse(root, exponent)
+    top, others = inverse(root, exponent, found.is_difference)
     if top is None:
         return "the root is not divided by alone"
     if others is None and (distributed := _distributed(top, found)) is not None:

@@ -4,7 +4,8 @@
 
 torch's old exporter asks every intermediate for its shape: Q, K and V are then cut by three shapes that nothing shows to be one, and
 scores are read by more than their Softmax. origins.py follows lengths back. Nothing is refused: a length that cannot be followed
-stays where it is read.
+stays where it is read, and so does one that would be read inside of a written-out attention, where a mask of unknown lengths hides
+those of Q: attention may not be read inside, and what comes out of it has the same length.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from txopt.exporter.fusion.attention_path import after, before
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.graph import integers
 from txopt.exporter.origins import Origins
@@ -27,14 +29,15 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """
     report = Report("Length", barred)
     made: dict[object, ir.Value] = {}
-    origins = Origins()
+    origins, inside = Origins(), _inside_attention(model.graph)
     for node in [node for node in model.graph if node.op_type in _READ]:
         output = node.outputs[0]
         found = lengths_of(output) if output not in made.values() else None
         if not found or output.is_graph_output() or not output.uses():
             continue
         first = _run([origins.of(one) for one in found])
-        if first is None or _is_canonical(node, first, len(found)) or report.bars(node):
+        hidden = isinstance(first, tuple) and first[0] in inside
+        if first is None or hidden or _is_canonical(node, first, len(found)) or report.bars(node):
             continue
         new = _read(model.graph, first, len(found), made)
         if rank_of(output) == 0:
@@ -44,6 +47,19 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     passes.RemoveUnusedNodesPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
     return report
+
+
+def _inside_attention(graph: ir.Graph) -> set[ir.Value]:
+    """Scores and probabilities, masked or not: all between the product of Q and K and that with V."""
+    softmaxes = [node for node in graph if node.op_type == "Softmax"]
+    paths = [(node, before(node), after(node)) for node in softmaxes]
+    nodes = {
+        each
+        for softmax, above, below in paths
+        if above and below
+        for each in (softmax, *(step.node for step in (*above, *below[:-1])))
+    }
+    return {node.outputs[0] for node in nodes}
 
 
 def _run(found: Sequence[Length]) -> Length | None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from txopt.exporter.algebra import only_user, product, scalar
+from txopt.exporter.algebra import Product, only_user, product, scalar
+
+IsValue = Callable[[ir.Value], bool]  # whether a value is the one whose norm is taken
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def power(shifted: ir.Node) -> tuple[ir.Node | None, float]:
     return (root, exponent) if exponent is not None and abs(exponent) == 0.5 else (None, 0.0)
 
 
-def inverse(root: ir.Node, exponent: float) -> tuple[ir.Node | None, tuple[ir.Value, ...] | None]:
+def inverse(root: ir.Node, exponent: float, is_value: IsValue) -> tuple[ir.Node | None, tuple[ir.Value, ...] | None]:
     """The node that divides and what it divides; nothing where it only gives one over the root."""
     if exponent < 0:
         return root, None
@@ -51,13 +53,13 @@ def inverse(root: ir.Node, exponent: float) -> tuple[ir.Node | None, tuple[ir.Va
     division = only_user(root.outputs[0], "Div")
     if division is None or division.inputs[1] is not root.outputs[0]:
         return None, None
-    divided = product(division.inputs[0])
+    divided = _product(division.inputs[0], is_value)
     if divided.constant != 1:
         return None, None
     return division, divided.factors or None
 
 
-def scaled(top: ir.Node, others: tuple[ir.Value, ...], is_value: Callable[[ir.Value], bool]) -> Scaled | str:
+def scaled(top: ir.Node, others: tuple[ir.Value, ...], is_value: IsValue) -> Scaled | str:
     """From ``top``, which gives ``others`` over the root, to the product with the value and a weight; or what is wrong with it."""
     narrow: ir.Node | None = None
     factors = list(others)
@@ -70,7 +72,7 @@ def scaled(top: ir.Node, others: tuple[ir.Value, ...], is_value: Callable[[ir.Va
         if times is None:
             break
         (other,) = [value for value in times.inputs if value is not top.outputs[0]] or [None]
-        inner = product(other)
+        inner = _product(other, is_value)
         if inner.constant != 1:
             return "something else is multiplied in between"
         factors, top = [*factors, *inner.factors], times
@@ -80,6 +82,11 @@ def scaled(top: ir.Node, others: tuple[ir.Value, ...], is_value: Callable[[ir.Va
     if len(factors) != 2 or len(weights) != 1:
         return "no constant weight vector is multiplied at the end"
     return Scaled(weights[0], top, narrow)
+
+
+def _product(value: ir.Value | None, is_value: IsValue) -> Product:
+    """The product that ``value`` is; what a norm is of stays whole, though it may be a product itself (Gemma's scaled embedding)."""
+    return product(value) if value is None or not is_value(value) else Product(1.0, (value,), ())
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:

@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from txopt.exporter.algebra import scalar
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.graph import integers
 from txopt.exporter.origins import origin
@@ -140,12 +139,14 @@ def _uncuttable(pack: Pack) -> str | None:
     if not one_shape and len({_rows_tokens_size(projection) for projection in pack}) != 1:
         return "Q, K and V are cut into heads by different shapes"
     sizes, head_sizes = _sizes(pack[0].reshape), {_head_size(projection) for projection in pack}
-    if sizes is None or None in head_sizes:
+    if sizes is None:
+        return "the shape that cuts into heads is not put together of lengths that are known one by one"
+    if None in head_sizes:
         return "the shape that cuts into heads does not say their size"
     if len(head_sizes) != 1:
         return "the heads of Q, K and V are of different sizes"
     counts = {_width(projection.weight) / size for projection in pack for size in head_sizes if size}
-    if one_shape and isinstance(sizes[2], int) and sizes[2] > 0 and counts != {sizes[2]}:
+    if one_shape and isinstance(sizes[-2], int) and sizes[-2] > 0 and counts != {sizes[-2]}:
         return "the shape that cuts into heads says another number of them than the weights"
     return None
 
@@ -153,11 +154,11 @@ def _uncuttable(pack: Pack) -> str | None:
 def _head_size(projection: _Projection) -> int | None:
     """As the shape says, or what -1 comes to for a known number of heads."""
     sizes = _sizes(projection.reshape)
-    if sizes is None or not isinstance(sizes[3], int):
+    if sizes is None or not isinstance(sizes[-1], int):
         return None
-    if sizes[3] != -1:
-        return sizes[3] if sizes[3] > 0 else None
-    width, heads = _width(projection.weight), sizes[2]
+    if sizes[-1] != -1:
+        return sizes[-1] if sizes[-1] > 0 else None
+    width, heads = _width(projection.weight), sizes[-2]
     return width // heads if isinstance(heads, int) and heads > 0 and width % heads == 0 else None
 
 
@@ -185,16 +186,24 @@ def _weights(pack: Pack) -> tuple[ir.Value, ...]:
 
 
 def _sizes(reshape: ir.Node) -> list[ir.Value | int] | None:
-    """Rows, tokens, heads and head size as the shape has them, numbers where they are constant; None where it is made otherwise."""
+    """Rows, tokens, heads and head size as the shape has them, numbers where they are constant; rows and tokens may be one value.
+
+    None where it is made otherwise.
+    """
     shape = reshape.inputs[1]
-    if shape is not None and shape.const_value is not None:
-        numbers: list[ir.Value | int] = [int(size) for size in shape.const_value.numpy().reshape(-1)]
-        return numbers if len(numbers) == 4 else None
     concat = shape.producer() if shape is not None else None
-    if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 4:
-        return None
-    parts = [(value, scalar(value)) for value in concat.inputs if value is not None]
-    return [value if number is None else int(number) for value, number in parts]
+    joined = concat is not None and concat.op_type == "Concat"
+    sizes: list[ir.Value | int] = []
+    for part in concat.inputs if concat is not None and joined else [shape]:
+        if part is None or (part.const_value is None and not joined):
+            return None
+        sizes += [part] if part.const_value is None else map(int, part.const_value.numpy().reshape(-1))
+    both = len(sizes) == 3 and [isinstance(size, int) for size in sizes] == [
+        False,
+        True,
+        True,
+    ]  # of four, as the cut has
+    return sizes if both or len(sizes) == 4 else None
 
 
 def _rewrite(
@@ -212,7 +221,7 @@ def _rewrite(
     assert sizes is not None, "_uncuttable() asked"
     assert head_size is not None
     heads = [width // head_size for width in widths]
-    sizes[2:] = [sum(heads), head_size]
+    sizes[-2:] = [sum(heads), head_size]
     shape = ir.node("Concat", [_as_value(graph, size) for size in sizes], attributes={"axis": 0}, name=f"{name}_shape")
     cut = ir.node("Reshape", [nodes[-1].outputs[0], shape.outputs[0]], pack[0].reshape.attributes, name=f"{name}_heads")
     by_head = ir.node("Transpose", cut.outputs, attributes={"perm": list(_BY_HEAD)}, name=f"{name}_by_head")

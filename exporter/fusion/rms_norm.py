@@ -80,7 +80,7 @@ def _end(square: ir.Node, shifted: ir.Node, x: ir.Value, epsilon: float) -> _Nor
     root, exponent = power(shifted)
     if root is None:
         return "the mean of squares and epsilon are not used as a root alone"
-    top, others = inverse(root, exponent)
+    top, others = inverse(root, exponent, lambda value: value is x)
     if top is None:
         return "the root is not divided by alone"
     found = scaled(top, others or (), lambda value: value is x)

@@ -16,27 +16,27 @@ CONTRIB = "com.microsoft"
 ACCURACY = 4  # int8 activations; 0 would leave them in float32, some twenty times slower
 
 
-def lower_blocks(model: ir.Model, accuracy: int = ACCURACY) -> None:
+def lower_blocks(model: ir.Model) -> None:
     """Changes ``model`` in place; a DequantizeLinear whose readers are something else stays, for ONNX Runtime has a kernel for it."""
     graph = model.graph
     for node in [node for node in graph if is_weight(node)]:
-        _Weight(graph, node, accuracy).lower()
+        _Weight(graph, node).lower()
     if any(node.domain == CONTRIB for node in graph):
         model.opset_imports[CONTRIB] = 1
 
 
-def exact(model: ir.Model) -> None:
-    """Lets a lowered ``model`` compute its products with activations in float32: slow, and only rounding apart from its meaning."""
-    for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+def weight_of(node: ir.Node) -> str:
+    """The name of the weight that ``node``, a MatMulNBits of ``lower_blocks``, multiplies with."""
+    codes = node.inputs[1]
+    assert codes is not None, "a MatMulNBits has codes"
+    return str(codes.name).removesuffix("/columns")
 
 
 class _Weight:
     """One dequantized weight, and its readers, which are rewritten one by one."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, accuracy: int) -> None:
-        self._graph, self._node, self._accuracy = graph, node, accuracy
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self._graph, self._node = graph, node
         self._value = node.outputs[0]
         self._name = str(self._value.name).removesuffix("/rounded")
         self._blocks: Blocks = blocks_of(node)
@@ -64,7 +64,7 @@ class _Weight:
         inputs = [node.inputs[0], *self._stored(packed, "columns")]
         if bias is not None:
             inputs += [None] * (5 - len(inputs)) + [bias]
-        attributes = {**packed.attributes, "accuracy_level": self._accuracy}
+        attributes = {**packed.attributes, "accuracy_level": ACCURACY}
         self._replace(last, ir.node("MatMulNBits", inputs, attributes=attributes, domain=CONTRIB, name=node.name))
         if last is not node:
             self._graph.remove(node, safe=True)

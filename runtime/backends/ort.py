@@ -65,10 +65,17 @@ class Runner:
         threads: engine threads, None for one per core.
         as_written: the engine runs the nodes of the graph, without fusions of its own, and shares no buffer between values whose
             axes have the same names: foreign files name lengths alike that are not.
+        weights: other numbers for weights that lie in the file beside the graph, by name.
     """
 
     def __init__(
-        self, path: Path, *, device: str = "cpu", threads: int | None = None, as_written: bool = False
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        as_written: bool = False,
+        weights: Mapping[str, Array] | None = None,
     ) -> None:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
@@ -78,6 +85,9 @@ class Runner:
         if as_written:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.enable_mem_reuse = False
+        if weights:
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:
@@ -129,10 +139,17 @@ class Runner:
         return Call(self._session, inputs, outputs)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Value]:
-        """Runs once on fresh output buffers, which stay on the device; for graphs outside the token loop."""
+        """Runs once on fresh output buffers, which stay on the device; for graphs outside the token loop.
+
+        An input of bfloat16 is given as its bits, uint16.
+        """
         binding = self._session.io_binding()
+        kinds = {item.name: _dtype(item.type) for item in self._session.get_inputs()}
         for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, self.tensor(np.asarray(array, order="C")))  # which leaves scalars scalars
+            array = np.asarray(array, order="C")  # which leaves scalars scalars
+            # The one reading of 16 bits for which numpy has no dtype.
+            narrow = array.dtype == np.uint16 and kinds.get(name) == "bfloat16"
+            binding.bind_ortvalue_input(name, self.tensor(array, "bfloat16" if narrow else None))
         names = [output.name for output in self._session.get_outputs()]
         for name in names:
             binding.bind_output(name, self._device, self._ordinal)

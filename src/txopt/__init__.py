@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from txopt.exporter.pipeline import export
+    from txopt.exporter.quantize import quantize
     from txopt.runtime.artifact import Artifact
     from txopt.runtime.errors import (
         ArtifactError,
@@ -39,12 +40,14 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "quantize",
     "verify",
 ]
 
 _HOMES = {
     "export": "txopt.exporter.pipeline",
     "load": "txopt.runtime.model",
+    "quantize": "txopt.exporter.quantize",
     "verify": "txopt.runtime.parity",
     "Artifact": "txopt.runtime.artifact",
     "ParityReport": "txopt.runtime.parity",

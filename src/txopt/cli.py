@@ -28,6 +28,15 @@ Json = Annotated[bool, typer.Option("--json", help="exactly one JSON document on
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no warnings")]
 Prove = Annotated[bool, typer.Option("--prove", help="replay every fusion alone; leave out what does not hold")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="say more")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help=".txt .csv .jsonl texts, .tsv of files and texts, .npz arrays; for int8 and int4"
+    ),
+]
+MaxLoss = Annotated[float | None, typer.Option(help="refuse what loses more points of the metric; for int8 and int4")]
+Metric = Annotated[str | None, typer.Option(help="what the loss is measured in; chosen by the task where not given")]
+Method = Annotated[str | None, typer.Option(help="how weights are rounded: rtn, hqq, clip or gptq")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
 
@@ -40,7 +49,11 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="the directory to make")],
     target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4")] = "fp32",
+    calibration: Calibration = None,
+    max_loss: MaxLoss = None,
+    metric: Metric = None,
+    method: Method = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")
     ] = False,
@@ -55,12 +68,16 @@ def export(
     _without_network_noise()
     with _needs_exporter():
         from txopt.exporter import huggingface, pipeline  # noqa: F401 - it brings transformers
-    with console.stages(pipeline.STAGES) as progress:
+    with console.stages(pipeline.stages(precision)) as progress:
         artifact = pipeline.export(
             source,
             out,
             target=target,
             precision=precision,
+            calibration=calibration,
+            max_loss=max_loss,
+            metric=metric,
+            method=method,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             prove=prove,
@@ -69,6 +86,45 @@ def export(
     from txopt.summary import of_artifact
 
     console.result(*of_artifact(artifact, shown=str(out)))
+
+
+@app.command()
+def quantize(
+    artifact: ArtifactPath,
+    out: Annotated[Path, typer.Argument(help="the directory to make")],
+    precision: Annotated[str, typer.Option(help="int8 or int4")] = "int8",
+    calibration: Calibration = None,
+    max_loss: MaxLoss = None,
+    metric: Metric = None,
+    method: Method = None,
+    block: Annotated[int | None, typer.Option(help="rows of a weight that share a scale: 16 to 256")] = None,
+    limit: Annotated[int, typer.Option(help="most samples to calibrate and measure on")] = 256,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an artifact that is at OUT")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Round the weights of an fp32 artifact to integers, and measure what that costs; needs no PyTorch."""
+    console = _console(quiet, verbose, as_json)
+    with _needs_exporter():
+        from txopt.exporter import quantize as road
+    with console.stages(road.STAGES) as progress:
+        made = road.quantize(
+            artifact,
+            out,
+            precision=precision,
+            calibration=calibration,
+            max_loss=max_loss,
+            metric=metric,
+            method=method,
+            block=block,
+            limit=limit,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    from txopt.summary import of_artifact
+
+    console.result(*of_artifact(made, shown=str(out)))
 
 
 @app.command()
@@ -180,6 +236,9 @@ def optimize(
     out: Annotated[Path, typer.Argument(help="the directory to make: model.onnx and weights.data")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what optimize left at OUT before")] = False,
     prove: Prove = False,
+    in_place_cache: Annotated[
+        bool, typer.Option("--in-place-cache", help="pasts that grow become buffers of fixed length, updated in place")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -190,7 +249,10 @@ def optimize(
     from txopt.summary import of_optimized
 
     with console.stages(foreign.STAGES) as progress:
-        document = foreign.optimize(source, out, overwrite=overwrite, prove=prove, progress=progress).to_json()
+        report = foreign.optimize(
+            source, out, overwrite=overwrite, prove=prove, in_place_cache=in_place_cache, progress=progress
+        )
+    document = report.to_json()
     console.result(document, of_optimized(document))
 
 

@@ -7,11 +7,20 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from txopt.runtime.errors import TxoptError
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Report(Protocol):
+    """Told where the work is."""
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """``stage`` begins, or has ``done`` of ``total`` behind it."""
 
 
 class Console:
@@ -29,10 +38,10 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     @contextmanager
-    def stages(self, names: tuple[str, ...]) -> Iterator[Callable[[str], None]]:
-        """A function to call as each stage begins; shows where the work is, and for how long."""
+    def stages(self, names: tuple[str, ...]) -> Iterator[Report]:
+        """A function to call as each stage begins, and with (stage, done, total) while it lasts; shows where the work is."""
         if self._quiet:
-            yield lambda stage: None
+            yield lambda stage, done=0, total=0: None
         elif sys.stderr.isatty():
             with _bar(names) as advance:
                 yield advance
@@ -41,28 +50,59 @@ class Console:
 
 
 @contextmanager
-def _bar(names: tuple[str, ...]) -> Iterator[Callable[[str], None]]:
+def _bar(names: tuple[str, ...]) -> Iterator[Report]:
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description:8}"),
+        TextColumn("{task.description:10}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=RichConsole(stderr=True), transient=True) as progress:
-        task = progress.add_task(names[0], total=len(names))
-        yield lambda stage: progress.update(task, description=stage, completed=names.index(stage))
+        stages = progress.add_task(names[0], total=len(names))
+        within = progress.add_task("", total=None, visible=False)
+
+        def advance(stage: str, done: int = 0, total: int = 0) -> None:
+            progress.update(stages, description=stage, completed=names.index(stage))
+            if done <= 1 or not total:
+                progress.reset(within, total=total or None, visible=bool(total))
+            progress.update(within, completed=done)
+
+        yield advance
 
 
-def _lines(names: tuple[str, ...]) -> Callable[[str], None]:
+def _lines(names: tuple[str, ...]) -> Report:
     start = time.monotonic()
+    said = began = start
 
-    def line(stage: str) -> None:
-        passed = time.monotonic() - start
-        print(f"[{names.index(stage) + 1}/{len(names)}] {stage} ({passed:.0f} s)", file=sys.stderr, flush=True)
+    def line(stage: str, done: int = 0, total: int = 0) -> None:
+        nonlocal said, began
+        now = time.monotonic()
+        left = ""
+        if total:
+            if done < total and now - said < _SECONDS_BETWEEN_LINES:
+                return
+            left = f" {done} of {total}" + (
+                f", about {(now - began) / done * (total - done):.0f} s left" if 0 < done < total else ""
+            )
+        else:
+            began = now
+        said = now
+        print(
+            f"[{names.index(stage) + 1}/{len(names)}] {stage}{left} ({now - start:.0f} s)", file=sys.stderr, flush=True
+        )
 
     return line
 

@@ -28,6 +28,7 @@ def of_artifact(artifact: Artifact, shown: str | None = None) -> tuple[dict[str,
                 continue
             lines.append(f"    {operator}: {report['fused']} fused by pattern, {len(report['refused'])} refused")
             lines += [f"      {reason}" for reason in (*report["refused"], *_proof(report))]
+    lines += _rounding(manifest.calibration)
     lines.append("  " + _parity_line(manifest.parity, reference_of(manifest)))
     document = {
         "path": str(artifact.path),
@@ -39,9 +40,29 @@ def of_artifact(artifact: Artifact, shown: str | None = None) -> tuple[dict[str,
         "files": sizes,
         "bytes": total,
         "fusion": manifest.fusion,
+        "calibration": manifest.calibration,
         "parity": manifest.parity,
     }
     return document, "\n".join(lines)
+
+
+def _rounding(found: Any) -> list[str]:
+    """What a quantized artifact was measured to lose; another writer's "calibration" is left to --json."""
+    try:
+        scheme, loss, data = found["scheme"], found["loss"], found["data"]
+        lost, metric, agreed = loss["loss"], loss["metric"]["name"], loss["agreement"]["forced_tokens"]["value"]
+        kind = "symmetric" if scheme["symmetric"] else "with zero points"
+        before, after = loss["baseline"]["figure"]["value"], loss["candidate"]["figure"]["value"]
+        made_up = ", made up" if data["synthetic"] else ""
+        limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
+        return [
+            f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}",
+            f"  {metric} {before:.2f} before, {after:.2f} after: lost {lost['value']:.2f} points "
+            f"(95% interval {lost['low']:.2f} to {lost['high']:.2f}{limit}) on {data['samples']} samples{made_up}",
+            f"  {agreed:.2f}% of tokens chosen alike under teacher forcing",
+        ]
+    except (TypeError, KeyError, ValueError):
+        return []
 
 
 def of_parity(report: ParityReport) -> str:
@@ -78,16 +99,25 @@ def of_optimized(document: dict[str, Any]) -> str:
     """An ``OptimizeReport`` in lines."""
     parity, sizes = document["parity"], document["files"]
     runs, refused = [_sizes(run["sizes"]) for run in parity["runs"]], [_sizes(sizes) for sizes in parity["not_run"]]
-    where = " and ".join(runs) if any(runs) else "its fixed sizes"
+    more = [f"{len(runs) - 2} other sets of sizes"] if len(runs) > 2 else []
+    where = " and ".join([*runs[:2], *more]) if any(runs) else "its fixed sizes"
     error, allowed = f"{parity['largest_error']:.1e}", f"{parity['tolerance']:.0e}"
     lines = [
         f"{document['path']}: {document['nodes_before']} nodes of opset {document['opset']} became {document['nodes_after']}",
         "  " + ", ".join(f"{name} {megabytes(size)}" for name, size in sizes.items()),
         *_fusions(document["fusions"], "fused"),
+        *([] if document["cache"] is None else [_cache(document["cache"])]),
         f"  verified against {document['source']} at {where}: largest error {error} (allowed {allowed})",
         *([f"    no answer of the original at {'; '.join(refused)}"] if refused else []),
     ]
     return "\n".join(lines)
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    buffers = [f"{past} as {present}" for past, present in cache["buffers"].items()]
+    shown = ", ".join(buffers[:1]) + (f", and {len(buffers) - 1} more" if len(buffers) > 1 else "")
+    count = f"{len(buffers)} buffer{'s' if len(buffers) > 1 else ''}"
+    return f"  {count} of {cache['length']} places, written in place at {cache['position']}: {shown}"
 
 
 def _layers(layers: list[dict[str, Any]]) -> list[str]:

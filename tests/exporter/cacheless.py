@@ -244,6 +244,14 @@ class MaskedByToken(Learned):
         return super().mask(tokens) & (tokens != 7)[:, None, None, :]
 
 
+class Capped(Learned):
+    """Scores in soft bounds, as Gemma has them."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = 20 * torch.tanh(q @ k.transpose(-1, -2) / 20)
+        return softmax(scores.masked_fill(~mask, -math.inf), -1) @ v
+
+
 class PaddedStart(Learned):
     """A padding mask where the first token of every target is the padding id."""
 
@@ -332,8 +340,9 @@ BAD: dict[type[Learned], str] = {
     Summed: "(cumsum) mixes positions",
     Unmasked: "self-attention without a mask sees later tokens",
     Bidirectional: "this mask lets tokens see later ones",
-    MaskedByToken: "relates positions to each other outside of an attention",
+    MaskedByToken: "node and_1 (__and__) relates positions to each other outside of an attention, by node tril (tril)",
     PaddedStart: "relates positions to each other outside of an attention",
+    Capped: "by node bitwise_not (bitwise_not); its softmax is no attention that is known, because of node tanh (tanh)",
     SourceAdded: "joins the source and the target outside of an attention",
     SourceUnmasked: "expected cross-attention to mask the source's padding and nothing else",
     TwoMemories: "encode() returns a tuple of 2 memories, and memory_masks is ('attention_mask',)",

@@ -72,6 +72,7 @@ def test_a_prophetnet_that_transformers_cannot_run_is_refused(tmp_path: Path) ->
 
 
 HEADS: dict[str, Callable[[], Any]] = {
+    "BertLMHeadModel": lambda: t.BertLMHeadModel(t.BertConfig(**SIZES)),
     "BertForQuestionAnswering": lambda: t.BertForQuestionAnswering(t.BertConfig(**SIZES)),
     "T5Model": lambda: t.T5Model(t.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
     "GPT2Model": lambda: t.GPT2Model(t.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)),
@@ -210,6 +211,60 @@ def test_a_language_model_in_memory_embeds(tmp_path: Path, caplog: pytest.LogCap
     module = t.BertForMaskedLM(t.BertConfig(**SIZES))
     assert export(module, tmp_path / "out").manifest.task == "embedding"
     assert "without its language-model head" in caplog.text
+
+
+class Classifier(t.BertForSequenceClassification):
+    """A user's own name for what transformers has."""
+
+
+class Filler(t.BertForMaskedLM):
+    """Likewise."""
+
+
+class Sentences(t.BertModel):
+    """Likewise."""
+
+
+class OwnHead(t.BertPreTrainedModel):
+    """A head of the user's own, which nothing here knows."""
+
+    def __init__(self, config: t.BertConfig) -> None:
+        super().__init__(config)
+        self.bert = t.BertModel(config)
+        self.post_init()
+
+
+class TranslatorWithoutEncoder(t.BartForCausalLM):
+    """A decoder alone, which its name does not say."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [(Classifier, "text-classification"), (Filler, "embedding"), (Sentences, "embedding")]
+)
+def test_a_class_of_ones_own_is_what_it_extends(kind: Any, task: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    artifact = export(kind(t.BertConfig(**SIZES)), tmp_path / "out")
+    assert artifact.manifest.task == task
+    assert artifact.manifest.parity["passed"]
+
+
+BART: dict[str, Any] = {"vocab_size": 40, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2}
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "OwnHead": (lambda: OwnHead(t.BertConfig(**SIZES)), r"'OwnHead' \(a BertPreTrainedModel\), as an encoder"),
+    "BertLMHeadModel": (lambda: t.BertLMHeadModel(t.BertConfig(**SIZES)), "'BertLMHeadModel', as an encoder"),
+    "TranslatorWithoutEncoder": (
+        lambda: TranslatorWithoutEncoder(t.BartConfig(**BART)),
+        r"'TranslatorWithoutEncoder' \(a BartForCausalLM\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_head_in_memory_that_no_road_carries_is_named(name: str, tmp_path: Path) -> None:
+    make, said = REFUSED[name]
+    with pytest.raises(SourceError, match=f"the model has the architecture {said}") as caught:
+        export(make(), tmp_path / "out")
+    assert "config.json" not in str(caught.value), "there is none"
 
 
 def test_a_model_in_memory_that_cannot_be_copied_says_what_to_do(tmp_path: Path) -> None:

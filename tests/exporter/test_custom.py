@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
+from tests.exporter.cacheless import Learned
 from txopt.examples.g2p.model import G2P, factory
 from txopt.exporter.custom import DecodeCache
 from txopt.exporter.pipeline import export
+from txopt.exporter.precision import DTYPES
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
@@ -220,15 +223,114 @@ def test_a_module_goes_on_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
+class DroppingTokens(Tiny):
+    """torch's functional dropout drops unless it is told not to."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return dropout(super().embed(ids), 0.1)
+
+
+class DroppingLogits(Tiny):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        return dropout(super().decode(tokens, memory, cache), 0.1)
+
+
+class DroppingPositions(Learned):
+    def placed(self, x: Tensor) -> Tensor:
+        return x + dropout(self.places(torch.arange(x.shape[1])), 0.1)
+
+
+class AlwaysTraining(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def eval(self) -> "AlwaysTraining":
+        return self
+
+    def embed(self, ids: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(super().embed(ids))
+        return dropped
+
+
+class Training(Tiny):
+    """Dropout that evaluation turns off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+        self.train()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        dropped: Tensor = self.drop(super().embed(ids))
+        return dropped
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (DroppingTokens, "encode"),
+        (DroppingLogits, "decode"),
+        (DroppingPositions, "decode"),
+        (AlwaysTraining, "encode"),
+    ],
+)
+def test_a_module_that_answers_at_random_is_told_so(kind: type[nn.Module], part: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=rf"different answers to equal inputs: {part}\(\).*dropout"):
+        export(kind(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dropout_that_evaluation_turns_off_is_no_chance(tmp_path: Path) -> None:
+    assert export(Training(), tmp_path / "out").manifest.parity["passed"]
+
+
+def state_of(module: nn.Module) -> list[Any]:
+    """What an export could change of a module: its modes, and its tensors' dtypes, numbers and readiness to be trained."""
+    modes = [part.training for part in module.modules()]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [*modes, *((name, value.dtype, value.requires_grad, value.tolist()) for name, value in tensors)]
+
+
 class Locked(Tiny):
     """What cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.Lock()
+        self.register_buffer("scale", torch.ones(16))
 
 
-def test_a_module_that_cannot_be_copied_is_taken_itself(tmp_path: Path) -> None:
+class LockedAndFailing(Locked):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_module_that_cannot_be_copied_goes_on_as_it_was(precision: str, tmp_path: Path) -> None:
+    module = Locked().to(DTYPES[precision]).train()
+    before = state_of(module)
+    export(module, tmp_path / "out", precision=precision)
+    assert state_of(module) == before
+
+
+def test_a_module_that_cannot_be_copied_goes_on_as_it_was_when_it_is_refused(tmp_path: Path) -> None:
+    module = LockedAndFailing().train()
+    before = state_of(module)
+    with pytest.raises(SourceError, match="trial call failed"):
+        export(module, tmp_path / "out")
+    assert state_of(module) == before
+
+
+def test_buffers_of_a_module_stay_as_narrow_as_they_were(tmp_path: Path) -> None:
+    module = Tiny()
+    module.register_buffer("scale", torch.ones(16))
+    before = state_of(module.bfloat16())
+    export(module, tmp_path / "out", precision="bf16")
+    assert state_of(module) == before
+
+
+def test_a_module_that_cannot_be_copied_is_exported_all_the_same(tmp_path: Path) -> None:
     assert export(Locked(), tmp_path / "out").manifest.family == "custom"
     with pytest.raises(SourceError, match=r"Locked cannot be copied .* is not torch\.float32; give it in that dtype"):
         export(Locked().half(), tmp_path / "half")

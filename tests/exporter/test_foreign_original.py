@@ -1,4 +1,4 @@
-"""Axis names that a foreign file does not hold to: found by asking it, and not believed afterwards."""
+"""The foreign file is asked itself: axis names that it does not hold to, and what it cannot be asked or is not asked."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 
 from txopt.exporter import foreign, foreign_original
 from txopt.runtime.backends.ort import Runner
+from txopt.runtime.errors import InputError, SourceError
 
 SUM = "s = ReduceSum<keepdims=1>(b, ones) y = Add(a, s)"  # nothing asks for equal lengths
 PAIR = "c = Mul(a, m) s = ReduceSum<keepdims=1>(b, ones) y = Add(c, s)"
@@ -86,3 +87,32 @@ def test_a_file_with_one_name_for_source_and_target_is_optimized_for_both(tmp_pa
         np.testing.assert_allclose(
             after.array(after.run(feeds)[name]), before.array(before.run(feeds)[name]), rtol=1e-5, err_msg=name
         )
+
+
+@pytest.mark.parametrize("end", ["x", "y"])
+def test_bfloat16_at_the_ends_is_refused_with_what_to_do(end: str, tmp_path: Path) -> None:
+    kinds = {"x": "float", "y": "float", end: "bfloat16"}
+    text = (
+        f'<ir_version: 10, opset_import: ["" : 20]> net ({kinds["x"]}[batch,8] x) => ({kinds["y"]}[batch,8] y) '
+        f"{{ wide = Cast<to=1>(x) h = Gelu(wide) y = Cast<to={16 if end == 'y' else 1}>(h) }}"
+    )
+    onnx.save(onnx.parser.parse_model(text), file := tmp_path / "in.onnx")
+    said = f"{end}: expected float16, float32, .* which numpy has .* found bfloat16.*export it with float32"
+    with pytest.raises(SourceError, match=said):
+        foreign.optimize(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_batch_is_for_unfused_files_alone(tmp_path: Path) -> None:
+    """docs/optimize.md says so; once the engine takes one, the sentence goes."""
+    attention = "k = Transpose<perm=[0,2,1]>(x) s = MatMul(x, k) p = Softmax<axis=-1>(s) y = MatMul(p, x)"
+    text = f'<ir_version: 8, opset_import: ["" : 17]> net (float[rows,length,8] x) => (float[rows,length,8] y) {{ {attention} }}'
+    onnx.save(onnx.parser.parse_model(text), file := tmp_path / "in.onnx")
+    report = foreign.optimize(file, tmp_path / "out")
+    assert report.fusions["Attention"]["fused"] == 1
+    for shape in ((0, 3, 8), (2, 0, 8)):
+        feeds = {"x": np.zeros(shape, np.float32)}
+        answers = Runner(file)
+        assert answers.array(answers.run(feeds)["y"]).shape == shape
+        with pytest.raises(InputError, match="must be greater than 0"):
+            Runner(tmp_path / "out" / "model.onnx").run(feeds)

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.exporter.plain_engine import run
+from txopt.exporter.fusion import attention
 from txopt.exporter.fusion.lengths import fuse
 from txopt.exporter.graph import count
 
@@ -61,6 +62,12 @@ FOLLOWED: dict[str, tuple[str, str, tuple[str, int] | int]] = {
     "concat along another axis": ("v = Concat<axis=2>(x, x)", "one", ("x", 1)),
     "split along another axis": ("u, v = Split<axis=2,num_outputs=2>(x)", "one", ("x", 1)),
 }
+
+# a mask whose lengths nothing says, as far as shape inference sees it
+MASKED = (
+    "t = Shape<start=1,end=2>(x) e = Concat<axis=0>(t, t) m = Expand(number, e) k = Transpose<perm=[0,2,1]>(x) q = MatMul(x, k) "
+    "s = Add(q, m) p = Softmax(s) "
+)
 
 NOT_FOLLOWED: dict[str, tuple[str, str]] = {
     "two operands of unknown lengths": ("k = Cast<to=7>(x) a = NonZero(k) b = NonZero(x) v = Add(a, b)", "one"),
@@ -125,6 +132,26 @@ def test_a_length_that_changes_on_the_way_is_read_where_it_is(name: str) -> None
     assert shape.inputs[0] is not None
     assert shape.inputs[0].name == "v"
     np.testing.assert_array_equal(run(graph, feeds())[0], before)
+
+
+def test_a_length_that_leads_into_attention_is_read_behind_it() -> None:
+    """Where the mask may have widened the scores: attention that is read inside could not be fused."""
+    graph = model(f"{MASKED} v = MatMul(p, x)", "one")
+    before = run(graph, feeds())[0]
+    fuse(graph)
+    (shape,) = (node for node in graph.graph if node.op_type == "Shape" and node.outputs[0].name != "t")
+    assert shape.inputs[0] is not None
+    assert shape.inputs[0].name == "v"
+    assert attention.fuse(graph).fused == 1
+    np.testing.assert_array_equal(run(graph, feeds())[0], before)
+
+
+def test_scores_that_no_attention_has_may_be_read() -> None:
+    graph = model(f"{MASKED} v = Relu(p)", "one")
+    fuse(graph)
+    assert "s" in [
+        node.inputs[0].name for node in graph.graph if node.op_type == "Shape" and node.inputs[0] is not None
+    ]
 
 
 def test_equal_lengths_of_different_values_become_one() -> None:

@@ -222,6 +222,15 @@ def contrib(source: Path) -> None:
     onnx.save(model, source / PLAIN)
 
 
+def halved(source: Path) -> None:
+    """As with --dtype fp16, as far as the ends of the encoder show it."""
+    model = onnx.load(source / ENCODER)
+    (states,) = model.graph.output
+    model.graph.node.append(onnx.helper.make_node("Cast", [states.name], ["narrow"], to=onnx.TensorProto.FLOAT16))
+    states.name, states.type.tensor_type.elem_type = "narrow", onnx.TensorProto.FLOAT16
+    onnx.save(model, source / ENCODER)
+
+
 BAD = {
     "no encoder": (lambda source: (source / ENCODER).unlink(), "no encoder_model.onnx"),
     "no decoder": (without_decoders, "decoder_with_past_model.onnx alone cannot make"),
@@ -232,13 +241,14 @@ BAD = {
         "generation_config.json",
     ),
     "an unknown family": (configured(model_type="bigbird_pegasus"), "no family knows model_type 'bigbird_pegasus'"),
-    "no encoder-decoder": (configured(model_type="bert"), "is of a encoder"),
+    "no encoder-decoder": (configured(model_type="bert"), "is of an encoder"),
     "another vocabulary": (configured(vocab_size=98), "vocabulary of 98, the decoder's logits have 99"),
     "another width": (configured(d_model=64), "states of width 64, as config.json says, found 32"),
     "a family with other inputs": (configured(model_type="whisper"), "expected the inputs input_features"),
     "a truncated encoder": (cut(ENCODER), "encoder_model.onnx: expected an ONNX file"),
     "a truncated decoder": (cut(PLAIN), "decoder_model.onnx: expected an ONNX file"),
     "the step in the place of the whole": (swapped, "expected the inputs input_ids, encoder_hidden_states"),
+    "half precision": (halved, "encoder_model.onnx: expected float32, found FLOAT16; export it without --dtype"),
     "another engine's operators": (contrib, "operators of the ONNX standard alone"),
 }
 

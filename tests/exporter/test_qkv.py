@@ -232,6 +232,36 @@ def test_layers_that_share_all_three_weights_share_one_packed_weight() -> None:
     assert [name for name, array in stored(model).items() if array.ndim == 2] == ["a.q.weight|a.k.weight|a.v.weight"]
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("x[0]", "open", "heads and size"),
+        ("x[0]", "all else"),
+        ("x[:2]", str(HEADS), str(SIZE)),
+        ("x[:2]", "heads and size"),
+    ],
+)
+def test_constants_of_several_numbers_may_cut_into_heads(parts: Sequence[str]) -> None:
+    block = Block(cut=("x[0]", "x[1]", HEADS, SIZE))
+    block.hold("open", np.array([-1])).hold("heads and size", np.array([HEADS, SIZE]))
+    block.hold("all else", np.array([-1, HEADS, SIZE]))
+    block.nodes = {"x[:2]": onnx.helper.make_node("Shape", ["x"], ["x[:2]"], name="x[:2]", end=2), **block.nodes}
+    block.add("Concat", parts, "cut", axis=0)
+    model = block.model()
+    report = fuse(model)
+    assert (report.fused, report.refused) == (1, [])
+    check_same(block, model)
+
+
+def test_a_shape_that_does_not_come_apart_is_said() -> None:
+    block = Block().hold("size", np.array([SIZE]))
+    block.nodes = {"x[:3]": onnx.helper.make_node("Identity", ["x[:]"], ["x[:3]"], name="x[:3]"), **block.nodes}
+    block.nodes = {"x[:]": block.nodes.pop("x[:]"), **block.nodes}
+    block.add("Concat", ["x[:3]", "size"], "cut", axis=0)
+    assert fuse(block.model()).refused == [f"layer.0/attended: {UNKNOWN}"]
+
+
+UNKNOWN = "the shape that cuts into heads is not put together of lengths that are known one by one"
 DIFFERENT = "Q, K and V are cut into heads by different shapes"
 CLOSED = "the shape that cuts into heads does not say their size"
 SWAPPED = ("layer.0/v_cut", 1, "swapped cut")

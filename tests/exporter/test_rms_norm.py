@@ -156,6 +156,24 @@ def test_one_plus_a_weight_that_is_too_large_to_fold_is_a_weight() -> None:
     np.testing.assert_allclose(run(model, {"x": X.astype(np.float32)})[0], by_formula(X, WEIGHT + 1), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("divided", [False, True], ids=["times the inverse", "divided by the root"])
+def test_what_is_normed_may_be_a_product_itself(divided: bool) -> None:
+    """Gemma scales its embedding before the first norm."""
+    chain = Chain()
+    chain.constants["three"] = np.array(3, np.float32)
+    for node in chain.nodes:
+        node.input[:] = ["tripled" if name == "x" else name for name in node.input]
+    if divided:
+        del chain.nodes[4]  # the Reciprocal
+        chain.nodes[4] = onnx.helper.make_node("Div", ["tripled", "root"], ["scaled"], name="block/scaled")
+    chain.nodes.insert(0, onnx.helper.make_node("Mul", ["x", "three"], ["tripled"]))
+    model = chain.model()
+    report = fuse(model)
+    assert (report.fused, report.refused) == (1, [])
+    assert count(model) == {"Mul": 1, "RMSNormalization": 1}
+    np.testing.assert_allclose(run(model, {"x": X.astype(np.float32)})[0], by_formula(3 * X, WEIGHT), rtol=0, atol=2e-6)
+
+
 def used_elsewhere(name: str) -> Chain:
     chain = Chain()
     chain.nodes.append(onnx.helper.make_node("Neg", [name], ["other"]))
@@ -180,6 +198,15 @@ def scaling_something_else() -> Chain:
     chain.nodes.insert(0, onnx.helper.make_node("Neg", ["x"], ["negative"]))
     scaled = next(node for node in chain.nodes if "scaled" in node.output)
     scaled.input[0] = "negative"
+    return chain
+
+
+def scaling_a_multiple() -> Chain:
+    chain = Chain()
+    chain.constants["three"] = np.array(3, np.float32)
+    chain.nodes.insert(0, onnx.helper.make_node("Mul", ["x", "three"], ["tripled"]))
+    scaled = next(node for node in chain.nodes if "scaled" in node.output)
+    scaled.input[0] = "tripled"
     return chain
 
 
@@ -218,6 +245,7 @@ NEAR_MISSES: dict[str, tuple[Chain, str]] = {
     "scaled read elsewhere": (used_elsewhere("scaled"), "no constant weight vector"),
     "scaled is an output": (given_out("scaled"), "no constant weight vector"),
     "another value scaled": (scaling_something_else(), "not the one that is divided or scaled"),
+    "a multiple scaled": (scaling_a_multiple(), "something else is multiplied in between"),
     "no weight": (without_weight(), "no constant weight vector"),
 }
 

@@ -84,6 +84,15 @@ def test_sources_beyond_the_models_tables_are_refused_before_the_engine_sees_the
     assert "got 5; shorten them" in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=["no sources", "no tokens"])
+def test_nothing_to_read_is_refused_before_the_engine_sees_it(shape: tuple[int, int], model: Model) -> None:
+    """ONNX Runtime's Attention knows no empty batch and no empty length."""
+    with pytest.raises(InputError, match=r"input_ids: expected int64 \[B,T\], got int64"):
+        model.generate(input_ids=np.zeros(shape, np.int64))
+    with pytest.raises(InputError, match="tokens: expected int64"):
+        model.decode(model.encode(input_ids=[[3], [4]])).prefill(np.zeros(shape, np.int64))
+
+
 RAGGED: Any = [[5, 6, 2], [5, 2]]
 
 

@@ -1,0 +1,181 @@
+"""One attempt at a quantized artifact: rounded, written, proved, and measured.
+
+What is proved: the integers in the files stand for the rounded weights (products.py); the graphs around them say what these weights
+say in float32 (parity, at the tolerance of the engine's arithmetic). What rounding cost is measured in the task's own metric
+(docs/loss.md). Owns what the certificate says of all this. It judges nothing: whoever asks looks at the verdict.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from txopt import __version__
+from txopt.calibration import evaluate, gate, metrics
+from txopt.calibration.blocks import Blocks
+from txopt.calibration.quantize import put, unfold
+from txopt.calibration.reanswer import reanswer
+from txopt.calibration.recipe import Recipe, rounded
+from txopt.calibration.samples import Samples
+from txopt.calibration.sensitivity import Sensitivity
+from txopt.exporter import graph as graphs
+from txopt.exporter import products, weights
+from txopt.exporter.lowering import LOWERINGS
+from txopt.runtime import cases
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.files import MANIFEST
+from txopt.runtime.manifest import Manifest
+from txopt.runtime.model import Model
+from txopt.runtime.parity import replay
+from txopt.runtime.writer import ArtifactWriter
+
+_VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "numpy")
+
+Progress = Callable[..., None]  # (stage), and (stage, done, total) while it lasts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What every attempt starts from.
+
+    Attributes:
+        artifact: in float32. baseline: the same, opened.
+        samples: of the task; ``heard`` is what the baseline said to them.
+        moments: [K,K] of the inputs of products, by graph and input.
+        precision: what the result is called. metric, max_loss: see ``quantize.Options``.
+    """
+
+    artifact: Artifact
+    baseline: Model
+    samples: Samples
+    heard: evaluate.Said
+    moments: Mapping[str, Mapping[str, NDArray[Any]]]
+    precision: str
+    metric: str | None
+    max_loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """A manifest, complete but for its files; the verdict; and the rounded weights by graph and name."""
+
+    manifest: Manifest
+    verdict: gate.Verdict
+    blocks: Mapping[str, Mapping[str, Blocks]]
+
+
+def graphs_of(artifact: Artifact) -> dict[str, ir.Model]:
+    """The graphs, their weights still in their file."""
+    return {name: ir.load(artifact.file(spec.file)) for name, spec in artifact.manifest.graphs.items()}
+
+
+def attempt(
+    ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress, found: Sequence[Sensitivity] = ()
+) -> Attempt:
+    """Writes the artifact of ``recipe`` into the writer's directory, over what an attempt before left there.
+
+    Args:
+        found: what made the recipe's finer weights finer, for the certificate.
+
+    Raises:
+        ParityError: the engine does not compute what the integers stand for.
+    """
+    artifact, directory = ground.artifact, writer.directory
+    for file in directory.iterdir():
+        file.unlink()
+    report("quantize")
+    models = graphs_of(artifact)
+    blocks = {name: rounded(model, recipe, ground.moments.get(name, {})) for name, model in models.items()}
+    for name, model in models.items():
+        put(model.graph, blocks[name])
+    report("pack")
+    _write_answers(artifact, models, directory)
+    for model in models.values():
+        LOWERINGS[artifact.manifest.target](model, ground.precision)
+    proved = products.prove(models, blocks)
+    weights.write(models, directory)
+    _copy_rest(artifact, directory)
+    manifest = _manifest(artifact, models, ground.precision)
+    report("check")
+    skipped = artifact.manifest.parity.get("skipped", ())
+    parity = replay(writer.draft(manifest), cases.load(directory), skipped=skipped).require()
+    report("measure")
+    verdict = _measured(ground, writer.staged(manifest), partial(report, "measure"))
+    calibration = {
+        "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": "int8 by row and block"},
+        "weights": {name: _counted(mine) for name, mine in blocks.items()},
+        "finer": [_finer(each, recipe) for each in found if each.name in recipe.finer],
+        "data": ground.samples.to_json(),
+        "products": proved.to_json(),
+        "loss": verdict.certificate(),
+    }
+    complete = replace(manifest, parity=parity.certificate(), calibration=calibration)
+    return Attempt(manifest=complete, verdict=verdict, blocks=blocks)
+
+
+def _finer(found: Sensitivity, recipe: Recipe) -> dict[str, Any]:
+    """A weight of a finer scheme, and why: what rounding it alone as the others did to the model."""
+    scheme = recipe.scheme_of(found.name)
+    kept = "float32" if scheme is None else f"{scheme.bits} bits in blocks of {scheme.block}"
+    return {"graph": found.graph, "weight": found.name, "as": kept, "divergence_nats": float(f"{found.nats:.3g}")}
+
+
+def _counted(blocks: Mapping[str, Blocks]) -> dict[str, int]:
+    return {"rounded": len(blocks), "numbers": sum(each.codes.size for each in blocks.values())}
+
+
+def _write_answers(artifact: Artifact, models: Mapping[str, ir.Model], directory: Path) -> None:
+    """The artifact's reference cases, answered by the rounded weights in float32, into ``directory``."""
+    floats = {name: model.clone() for name, model in models.items()}
+    for model in floats.values():
+        unfold(model.graph)
+    with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
+        weights.write(floats, Path(folder))
+        _copy_rest(artifact, Path(folder))
+        twin = Artifact(path=Path(folder), manifest=artifact.manifest)
+        cases.save(reanswer(Model(twin), cases.load(artifact.path)), directory)
+
+
+def _copy_rest(artifact: Artifact, directory: Path) -> None:
+    """Tokenizers, and whatever else is no graph, weight or case."""
+    made = {MANIFEST, weights.FILE, cases.FILE, *(spec.file for spec in artifact.manifest.graphs.values())}
+    for name in artifact.manifest.files.keys() - made:
+        shutil.copyfile(artifact.file(name), directory / name)
+
+
+def _measured(ground: Ground, staged: Artifact, progress: Callable[[int, int], None]) -> gate.Verdict:
+    samples, before, artifact = ground.samples, ground.heard, ground.artifact
+    candidate = Model(staged)
+    after = evaluate.said(candidate, samples, progress=progress)
+    references = [entry.source.target for entry in samples.entries]
+    known = None if None in references else [[str(reference)] for reference in references]
+    name = ground.metric or metrics.pick(
+        artifact.manifest.task, has_references=known is not None, frontend=artifact.manifest.frontend
+    )
+    return gate.judge(
+        metrics.metric(name),
+        references=known,
+        baseline=before.texts,
+        candidate=after.texts,
+        agreement=evaluate.agreement(ground.baseline, candidate, samples, (before, after), progress=progress),
+        compared=gate.Compared(
+            data=samples.sha256,
+            baseline=gate.fingerprint(artifact.manifest),
+            candidate=gate.fingerprint(staged.manifest),
+        ),
+        max_loss=ground.max_loss,
+    )
+
+
+def _manifest(artifact: Artifact, models: Mapping[str, ir.Model], precision: str) -> Manifest:
+    before = artifact.manifest
+    fused = {name: {**before.fusion[name], "nodes": graphs.count(model)} for name, model in models.items()}
+    versions = {**before.versions, "txopt": __version__, **{name: version(name) for name in _VERSIONS}}
+    return replace(before, precision=precision, fusion=fused, versions=versions, parity={}, calibration={}, files={})

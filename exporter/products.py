@@ -1,0 +1,106 @@
+"""Proof of a lowering: every product with integers, alone in the engine, against the rounded weight in float32.
+
+Shows that codes, scales and zero points lie where the operator looks for them, to float32's rounding, whatever the activations are
+rounded to when the graph runs as a whole. It judges neither the rounding nor the graph around the products.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from txopt.calibration.blocks import Blocks, dequantize
+from txopt.exporter.lowering.blocks import CONTRIB, weight_of
+from txopt.runtime.backends.ort import Runner
+from txopt.runtime.errors import ParityError, explain
+
+# Of the sum of |x| |w| that an output is made of: float32 rounds once for each summand.
+TOLERANCE = 1e-5
+_ROWS = 3
+_SEED = 20261123
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """How many products there are, and the largest error of any, as a share of what its sum is made of."""
+
+    count: int
+    largest_error: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"count": self.count, "largest_error": float(f"{self.largest_error:.2e}"), "tolerance": TOLERANCE}
+
+
+def prove(models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]]) -> Products:
+    """Runs each MatMulNBits of the lowered ``models`` on rows drawn at random.
+
+    Args:
+        models: by graph.
+        blocks: the rounded weights [K,N] by graph and name.
+
+    Raises:
+        ParityError: a product is not that of its weight; it names all of them.
+    """
+    drawn = np.random.default_rng(_SEED)
+    errors: dict[str, float] = {}
+    for graph, model in models.items():
+        for node in model.graph:
+            if node.op_type == "MatMulNBits":
+                weight = dequantize(blocks[graph][weight_of(node)])
+                errors[f"{graph}: {node.name}"] = _error(node, weight, drawn)
+    wrong = [f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+    if wrong:
+        title = f"integers do not stand for the weights that they were made of (allowed {TOLERANCE:.0e}); a defect of txopt:"
+        raise ParityError(explain(title, wrong[:12]))
+    return Products(count=len(errors), largest_error=max(errors.values(), default=0.0))
+
+
+def _error(node: ir.Node, weight: NDArray[np.float32], drawn: np.random.Generator) -> float:
+    rows = drawn.standard_normal((_ROWS, len(weight))).astype(np.float32)
+    bias = node.inputs[5] if len(node.inputs) > 5 else None
+    added = 0 if bias is None else _constant(bias)
+    got = _run(node, rows)
+    exact = rows.astype(np.float64) @ weight + added
+    return float((np.abs(got - exact) / (np.abs(rows) @ np.abs(weight) + np.abs(added) + 1e-30)).max())
+
+
+def _run(node: ir.Node, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the engine makes of ``rows`` [R,K] by ``node``'s constants, activations in float32."""
+    source = ir.Value(name="x", shape=ir.Shape(rows.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    constants = [None if value is None else _copy(value) for value in node.inputs[1:]]
+    attributes = {**node.attributes, "accuracy_level": ir.AttrInt64("accuracy_level", 0)}
+    product = ir.Node(CONTRIB, "MatMulNBits", [source, *constants], list(attributes.values()))
+    product.outputs[0].name, product.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [source],
+        [product.outputs[0]],
+        nodes=[product],
+        initializers=[value for value in constants if value is not None],
+        opset_imports={"": 24, CONTRIB: 1},
+    )
+    with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
+        path = Path(folder) / "product.onnx"
+        ir.save(ir.Model(graph, ir_version=11), path)
+        runner = Runner(path)
+        return runner.array(runner.run({"x": rows})["y"])
+
+
+def _copy(value: ir.Value) -> ir.Value:
+    """A constant's value for a graph of its own."""
+    copied = ir.Tensor(_constant(value), name=value.name)
+    return ir.Value(name=value.name, shape=copied.shape, type=ir.TensorType(copied.dtype), const_value=copied)
+
+
+def _constant(value: ir.Value) -> NDArray[Any]:
+    """The numbers of an operand, in float32 where they are floats stored in two bytes with a Cast behind."""
+    cast = value.producer()
+    stored = value if cast is None else cast.inputs[0]
+    assert stored is not None, "a Cast has an input"
+    assert stored.const_value is not None, "operands of a lowered product are constants"
+    array: NDArray[Any] = stored.const_value.numpy()
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
