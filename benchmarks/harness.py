@@ -13,6 +13,7 @@ from txopt.benchmarks.inputs import draw
 from txopt.benchmarks.peers import Peer, Txopt, open_peer
 from txopt.benchmarks.timing import Timing, in_turn, ratio
 from txopt.runtime.errors import ParityError, UsageError
+from txopt.runtime.manifest import QUANTIZED
 from txopt.runtime.model import Model, load
 
 
@@ -32,8 +33,10 @@ def measure(
 ) -> tuple[dict[str, Any], str]:
     """(document, text). Ratios first, then times.
 
+    A quantized artifact is compared with the peer in fp32, and with how many ids are the same: rounded weights may say other things.
+
     Raises:
-        ParityError: the peer generated other ids; then no time is worth anything.
+        ParityError: the peer generated other ids than a float artifact; then no time is worth anything.
     """
     if min(*settings.batches, settings.source_length, settings.new_tokens, settings.repeats) < 1:
         given = ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
@@ -41,7 +44,8 @@ def measure(
     model = load(path, threads=settings.threads)
     if model.manifest.kind == "encoder":
         raise UsageError("bench measures generate(); this artifact is an encoder alone")
-    other = None if peer is None else open_peer(peer, source, model.manifest.precision, settings.threads)
+    precision = "fp32" if model.manifest.precision in QUANTIZED else model.manifest.precision
+    other = None if peer is None else open_peer(peer, source, precision, settings.threads)
     rows = []
     for batch in settings.batches:
         note(f"batch {batch}: {settings.repeats} runs of {settings.new_tokens} tokens")
@@ -67,7 +71,7 @@ def _batch(model: Model, other: Peer | None, batch: int, settings: Settings) -> 
     answers = {peer.name: peer.generate(inputs, settings.new_tokens) for peer in peers}
     ours = answers["txopt"]
     for name, theirs in answers.items():
-        if not np.array_equal(ours, theirs):
+        if model.manifest.precision not in QUANTIZED and not np.array_equal(ours, theirs):
             raise ParityError(
                 f"{name} generated other ids than txopt at batch {batch}; expected equal ids before any time is compared"
             )
@@ -83,6 +87,7 @@ def _batch(model: Model, other: Peer | None, batch: int, settings: Settings) -> 
     }
     if other is not None:
         row["ratio"] = {other.name: ratio(times["txopt"], times[other.name])}
+        row["same_ids"] = {other.name: round(float(np.mean(ours == answers[other.name])), 4)}
     return row
 
 
@@ -101,12 +106,17 @@ def _latencies(model: Model, inputs: Any, settings: Settings) -> tuple[Timing, T
     return Timing(seconds=tuple(firsts)), Timing(seconds=tuple(later or firsts))
 
 
+def _same(share: float) -> str:
+    return "same ids" if share == 1 else f"{share:.1%} of ids the same"
+
+
 def _text(document: dict[str, Any]) -> str:
     lines = []
     for row in document["batches"]:
         for name, value in row.get("ratio", {}).items():
             lines.append(
-                f"batch {row['batch']}: {value['median']:.2f}x {name} ({value['least']:.2f} to {value['most']:.2f}), same ids"
+                f"batch {row['batch']}: {value['median']:.2f}x {name} ({value['least']:.2f} to {value['most']:.2f}), "
+                f"{_same(row['same_ids'][name])}"
             )
         for name, value in row["whole"].items():
             lines.append(

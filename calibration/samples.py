@@ -5,7 +5,7 @@ Owns what is known of a sample without making it, and what a certificate says of
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -113,6 +113,28 @@ class Samples(Sequence[Sample]):
             reference=entry.source.target,
             source=shown,
             where=entry.source.where,
+        )
+
+    def part(self, start: int, stop: int) -> "Samples":
+        """The samples from ``start`` to ``stop``, with counts of their own."""
+        entries = self.entries[start:stop]
+        labels = [entry.labels for entry in entries if entry.labels is not None]
+        counts = replace(
+            self.counts,
+            samples=len(entries),
+            references=len(labels),
+            places=sum(max(entry.sizes.values(), default=0) for entry in entries),
+            label_tokens=sum(map(len, labels)),
+            seconds=None if self.counts.seconds is None else round(sum(entry.length for entry in entries), 3),
+        )
+        return Samples(
+            self.manifest,
+            self._modality,
+            entries,
+            counts=counts,
+            options=self.options,
+            synthetic=self.synthetic,
+            notices=self.notices,
         )
 
     @property

@@ -47,14 +47,15 @@ class Ground:
 
     Attributes:
         artifact: in float32. baseline: the same, opened.
-        samples: of the task; ``heard`` is what the baseline said to them.
+        calibrated: samples that weights were fitted to. measured: those that decide; ``heard`` is what the baseline said to them.
         moments: [K,K] of the inputs of products, by graph and input.
         precision: what the result is called. metric, max_loss: see ``quantize.Options``.
     """
 
     artifact: Artifact
     baseline: Model
-    samples: Samples
+    calibrated: Samples
+    measured: Samples
     heard: evaluate.Said
     moments: Mapping[str, Mapping[str, NDArray[Any]]]
     precision: str
@@ -112,7 +113,7 @@ def attempt(
         "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": "int8 by row and block"},
         "weights": {name: _counted(mine) for name, mine in blocks.items()},
         "finer": [_finer(each, recipe) for each in found if each.name in recipe.finer],
-        "data": ground.samples.to_json(),
+        "data": ground.calibrated.to_json(),
         "products": proved.to_json(),
         "loss": verdict.certificate(),
     }
@@ -151,7 +152,7 @@ def _copy_rest(artifact: Artifact, directory: Path) -> None:
 
 
 def _measured(ground: Ground, staged: Artifact, progress: Callable[[int, int], None]) -> gate.Verdict:
-    samples, before, artifact = ground.samples, ground.heard, ground.artifact
+    samples, before, artifact = ground.measured, ground.heard, ground.artifact
     candidate = Model(staged)
     after = evaluate.said(candidate, samples, progress=progress)
     references = [entry.source.target for entry in samples.entries]

@@ -127,6 +127,11 @@ def record_and_replay(
     trust_remote_code: bool = False,
 ) -> ParityReport:
     """Fresh reference cases from PyTorch, against an artifact that exists (``txopt verify --against``)."""
+    if artifact.manifest.precision in QUANTIZED:
+        raise UsageError(
+            f"the artifact is {artifact.manifest.precision}: it says what its rounded weights say, not what {source} says; verify it "
+            "without --against, or the fp32 artifact with it; what rounding cost is in its manifest (txopt inspect)"
+        )
     if is_folder(source):
         kind, task, cases = optimum.record(Path(source))
         _check_same(artifact.manifest, kind, task)

@@ -6,7 +6,7 @@ The graphs come from the artifact: PyTorch is not needed.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
 from txopt.calibration.recipe import Recipe
+from txopt.calibration.samples import Samples
 from txopt.calibration.search import attempts
 from txopt.calibration.sensitivity import sensitivities, tables_of
 from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
@@ -24,6 +25,9 @@ from txopt.runtime.errors import InputError, UsageError
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.model import Model
 from txopt.runtime.writer import ArtifactWriter
+
+FEW = 16  # samples; fewer are not parted
+MOST_CALIBRATED = 128  # samples; more hardly change second moments
 
 logger = logging.getLogger(__name__)
 
@@ -122,23 +126,18 @@ def quantize_artifact(
     samples = read(
         options.calibration, baseline, limit=options.limit, options=options.language, progress=partial(report, "data")
     )
+    calibrated, measured = _parted(samples) if recipe.looks_at_data else (samples, samples)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         report("calibrate")
-        heard = evaluate.said(baseline, samples, progress=partial(report, "calibrate"))
+        heard = evaluate.said(baseline, measured, progress=partial(report, "calibrate"))
         moments: Mapping[str, Any] = {}
         if recipe.looks_at_data:
-            moments = second_moments(
-                artifact,
-                graphs_of(artifact),
-                samples,
-                said=heard,
-                steps=options.steps,
-                progress=partial(report, "calibrate"),
-            )
+            moments = _moments(artifact, baseline, calibrated, options.steps, partial(report, "calibrate"))
         ground = Ground(
             artifact=artifact,
             baseline=baseline,
-            samples=samples,
+            calibrated=calibrated,
+            measured=measured,
             heard=heard,
             moments=moments,
             precision=options.precision,
@@ -147,6 +146,29 @@ def quantize_artifact(
         )
         made = _searched(ground, recipe, writer, report)
         return writer.commit(made.manifest)
+
+
+def _parted(samples: Samples) -> tuple[Samples, Samples]:
+    """Samples to calibrate on, and others to measure on: what was fitted to must not judge the fit. Few samples serve both."""
+    if len(samples) < FEW:
+        logger.warning(
+            "%d samples are too few to be parted: weights are fitted to those that the loss is measured on, which flatters them; "
+            "give at least %d",
+            len(samples),
+            FEW,
+        )
+        return samples, samples
+    first = min(MOST_CALIBRATED, len(samples) // 2)
+    return samples.part(0, first), samples.part(first, len(samples))
+
+
+def _moments(
+    artifact: Artifact, baseline: Model, samples: Samples, steps: Steps, progress: Callable[[int, int], None]
+) -> Mapping[str, Any]:
+    """Second moments of what every product sees; samples without a reference are continued by the model itself."""
+    whole = all(entry.labels is not None for entry in samples.entries)
+    said = None if whole else evaluate.said(baseline, samples, progress=progress)
+    return second_moments(artifact, graphs_of(artifact), samples, said=said, steps=steps, progress=progress)
 
 
 def _searched(ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress) -> Attempt:
@@ -160,7 +182,7 @@ def _searched(ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Pr
     found = sensitivities(
         ground.artifact,
         first.blocks,
-        ground.samples,
+        ground.measured,
         said=ground.heard,
         tables={name: tables_of(model.graph) for name, model in graphs_of(ground.artifact).items()},
         progress=partial(report, "sensitivity"),

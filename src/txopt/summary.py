@@ -57,8 +57,12 @@ def _rounding(found: Any) -> list[str]:
         limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
         return [
             f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}",
+            *(
+                f"    {each['weight']} in {each['as']}: {each['divergence_nats']:.1e} nats alone"
+                for each in found["finer"]
+            ),
             f"  {metric} {before:.2f} before, {after:.2f} after: lost {lost['value']:.2f} points "
-            f"(95% interval {lost['low']:.2f} to {lost['high']:.2f}{limit}) on {data['samples']} samples{made_up}",
+            f"(95% interval {lost['low']:.2f} to {lost['high']:.2f}{limit}) on {loss['data']['samples']} samples{made_up}",
             f"  {agreed:.2f}% of tokens chosen alike under teacher forcing",
         ]
     except (TypeError, KeyError, ValueError):
