@@ -26,10 +26,10 @@ def lower_blocks(model: ir.Model) -> None:
 
 
 def weight_of(node: ir.Node) -> str:
-    """The name of the weight that ``node``, a MatMulNBits of ``lower_blocks``, multiplies with."""
-    codes = node.inputs[1]
-    assert codes is not None, "a MatMulNBits has codes"
-    return str(codes.name).removesuffix("/columns")
+    """The name of the weight that ``node``, an operator of ``lower_blocks``, reads."""
+    codes = node.inputs[1 if node.op_type == "MatMulNBits" else 0]
+    assert codes is not None, "such an operator has codes"
+    return str(codes.name).rpartition("/")[0]
 
 
 class _Weight:

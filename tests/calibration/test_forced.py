@@ -121,7 +121,7 @@ def made(artifacts: Make, g2p: Artifact, tmp_path_factory: pytest.TempPathFactor
 def _small_weights_count(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiny models have tiny weights; every product is to be looked at."""
     monkeypatch.setattr("txopt.calibration.linears.LEAST_SIZE", 64)
-    yield
+    return
 
 
 @pytest.mark.parametrize("name", SOURCES)
