@@ -20,11 +20,15 @@ from numpy.typing import NDArray
 
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Runner
+from txopt.runtime.errors import UsageError
 from txopt.runtime.graphs import MASKS, frame_masks, source_masks
 from txopt.runtime.inputs import check_inputs
 from txopt.runtime.manifest import Manifest
+from txopt.runtime.strict_json import show
 
 Array = NDArray[Any]
+Axis = str | int
+Dims = tuple[Axis | None, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Forced:
         taps: names of values by graph; graphs that are not named are not opened.
         threads: engine threads, None for one per core.
         weights: other numbers for weights of the graphs, by graph and name.
+
+    Raises:
+        UsageError: a graph has no value of a tap's name.
     """
 
     def __init__(
@@ -56,15 +63,14 @@ class Forced:
     ) -> None:
         self._manifest: Manifest = artifact.manifest
         self._taps = {name: list(dict.fromkeys(mine)) for name, mine in taps.items()}
+        self._axes: dict[str, dict[str, Dims]] = {}
+        self._runners: dict[str, Runner] = {}
         others = weights or {}
         self._folder = tempfile.TemporaryDirectory(prefix="txopt-")
         try:
-            self._runners = {
-                name: Runner(
-                    _tapped(artifact, name, taps, Path(self._folder.name)), threads=threads, weights=others.get(name)
-                )
-                for name, taps in self._taps.items()
-            }
+            for name, wanted in self._taps.items():
+                path, self._axes[name] = _tapped(artifact, name, wanted, Path(self._folder.name))
+                self._runners[name] = Runner(path, threads=threads, weights=others.get(name))
         except BaseException:
             self._folder.cleanup()
             raise
@@ -107,14 +113,16 @@ class Forced:
     def _encoded(self, inputs: Mapping[str, Array]) -> Generator[Seen, None, dict[str, Array]]:
         """The encoder's taps, then, as the generator's value, what the decoder reads of the encoder."""
         spec, runner = self._manifest.graphs["encoder"], self._runners["encoder"]
-        masks = source_masks(self._manifest.graphs)
-        feeds = check_inputs(spec, inputs, masks=masks)
-        values = {name: runner.array(value) for name, value in runner.run(feeds).items()}
-        frames = [values[name] for name in frame_masks(self._manifest.graphs)]
-        valid = [mask != 0 for mask in (*frames, *(feeds[name] for name in masks))]
+        inputs_masked, frames = source_masks(self._manifest.graphs), frame_masks(self._manifest.graphs)
+        feeds = check_inputs(spec, inputs, masks=inputs_masked)
+        values = feeds | {name: runner.array(value) for name, value in runner.run(feeds).items()}
+        masks: dict[Axis, NDArray[np.bool_]] = {}
+        for name, axis in {**inputs_masked, **frames}.items():
+            seen = values[name] != 0
+            masks[axis] = masks[axis] | seen if axis in masks else seen  # what no mask lets through is padding
         for name in self._taps["encoder"]:
-            yield Seen("encoder", name, _kept(values[name], valid))
-        made = {f"{MASKS}{name}": feeds[name] for name in masks}
+            yield Seen("encoder", name, _kept(values[name], self._axes["encoder"][name], masks))
+        made = {f"{MASKS}{name}": feeds[name] for name in inputs_masked}
         return made | {name: value for name, value in values.items() if name.startswith(("cross_", MASKS))}
 
     def decoded(self, given: Mapping[str, Array], tokens: NDArray[np.int64], lengths: Sequence[int]) -> Iterator[Seen]:
@@ -130,24 +138,35 @@ class Forced:
             if item.name not in feeds:
                 feeds[item.name] = buffers if item.name.startswith("self_") else given[item.name]
         runner = self._runners["decoder"]
-        values = runner.run(feeds)
+        values = feeds | runner.run(feeds)
         for name in self._taps["decoder"]:
-            yield Seen("decoder", name, _kept(runner.array(values[name]), [valid]))
+            value = values[name] if name in feeds else runner.array(values[name])
+            yield Seen("decoder", name, _kept(value, self._axes["decoder"][name], {"Q": valid}))
 
 
-def _tapped(artifact: Artifact, name: str, taps: Sequence[str], folder: Path) -> Path:
-    """A copy of one graph in ``folder`` with ``taps`` as outputs; its weights are linked where the file system allows it."""
+def _tapped(artifact: Artifact, name: str, taps: Sequence[str], folder: Path) -> tuple[Path, dict[str, Dims]]:
+    """A copy of one graph in ``folder`` with ``taps`` as outputs, and their axes; its weights are linked where that is possible."""
     file = artifact.manifest.graphs[name].file
     model = ir.load(artifact.file(file))
+    fed = {str(value.name): value for value in model.graph.inputs}
     made = {str(out.name): out for node in model.graph for out in node.outputs}
-    already = {str(out.name) for out in model.graph.outputs}
+    if unknown := [tap for tap in taps if tap not in fed | made]:
+        raise UsageError(
+            f"{file}: expected names of values between its nodes, found no {', '.join(map(show, unknown[:8]))}"
+        )
+    already = {*fed, *(str(out.name) for out in model.graph.outputs)}
     model.graph.outputs.extend(made[tap] for tap in taps if tap not in already)
     weights = [value.const_value for value in model.graph.initializers.values()]
     for part in {str(tensor.location) for tensor in weights if isinstance(tensor, ir.ExternalTensor)}:
         _link(artifact.file(part), folder / part)
     target = folder / file
     ir.save(model, target)
-    return target
+    return target, {tap: _axes((fed | made)[tap]) for tap in taps}
+
+
+def _axes(value: ir.Value) -> Dims:
+    """Lengths and names of a value's axes; empty where the file does not say."""
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ())
 
 
 def _link(source: Path, target: Path) -> None:
@@ -159,9 +178,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _kept(value: Array, valid: Sequence[NDArray[np.bool_]]) -> Array:
-    """[places, K] of [B,X,K] without padding, by the first mask [B,X] that fits; all places where none does."""
-    for mask in valid:
-        if value.ndim == 3 and mask.shape == value.shape[:2]:
-            return value[mask]
-    return value.reshape(-1, value.shape[-1])
+def _kept(value: Array, axes: Dims, masks: Mapping[Axis, NDArray[np.bool_]]) -> Array:
+    """[places, K] of [B,X,K] without the padding of X; all places where X has no mask. Equal lengths say nothing: X goes by name."""
+    axis = axes[1] if len(axes) == 3 else None
+    mask = None if axis is None else masks.get(axis)
+    return value.reshape(-1, value.shape[-1]) if mask is None else value[mask]

@@ -75,12 +75,18 @@ def _reads(weight: ir.Value) -> Iterator[Read | None]:
             yield Read(weight=weight, node=node, role=Role.LINEAR)
         elif node.op_type == "Gather" and index == 0 and _picks_tokens(node):
             yield Read(weight=weight, node=node, role=Role.TABLE)
-        elif node.op_type == "Transpose":
+        elif node.op_type == "Transpose" and _turns(node):
             for user, place in node.outputs[0].uses():
                 is_head = user.op_type == "MatMul" and place == 1
                 yield Read(weight=weight, node=user, role=Role.HEAD) if is_head else None
         else:
             yield None
+
+
+def _turns(transpose: ir.Node) -> bool:
+    """Whether rows become columns, for nobody but nodes of the graph."""
+    permutation = transpose.attributes["perm"].as_ints() if "perm" in transpose.attributes else [1, 0]
+    return list(permutation) == [1, 0] and not transpose.outputs[0].is_graph_output()
 
 
 def _picks_tokens(gather: ir.Node) -> bool:

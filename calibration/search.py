@@ -15,10 +15,16 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 def attempts(recipe: Recipe, found: Sequence[Sensitivity]) -> Iterator[Recipe]:
-    """Recipes that lose less and less; ``found`` has the most sensitive weight first."""
+    """Recipes that lose less and less; ``found`` has the most sensitive weight first.
+
+    None leaves all weights in float: that is the artifact that there is already, and no quantized one.
+    """
     tried = 0
     for share in SHARES:
         count = max(1, round(share * len(found)))
         if count > tried:
-            yield replace(recipe, finer=recipe.finer | {each.name for each in found[:count]})
+            made = replace(recipe, finer=recipe.finer | {each.name for each in found[:count]})
+            if not any(made.scheme_of(each.name) for each in found):
+                return
+            yield made
             tried = count

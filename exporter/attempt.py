@@ -108,7 +108,10 @@ def attempt(
     skipped = artifact.manifest.parity.get("skipped", ())
     parity = replay(writer.draft(manifest), cases.load(directory), skipped=skipped).require()
     report("measure")
-    verdict = _measured(ground, writer.staged(manifest), partial(report, "measure"))
+    proven = replace(manifest, parity=parity.certificate())
+    verdict = _measured(
+        ground, writer.staged(proven), partial(report, "measure")
+    )  # by its hash, which counts the parity
     calibration = {
         "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": "int8 by row and block"},
         "weights": {name: _counted(mine) for name, mine in blocks.items()},
@@ -117,8 +120,7 @@ def attempt(
         "products": proved.to_json(),
         "loss": verdict.certificate(),
     }
-    complete = replace(manifest, parity=parity.certificate(), calibration=calibration)
-    return Attempt(manifest=complete, verdict=verdict, blocks=blocks)
+    return Attempt(manifest=replace(proven, calibration=calibration), verdict=verdict, blocks=blocks)
 
 
 def _finer(found: Sensitivity, recipe: Recipe) -> dict[str, Any]:

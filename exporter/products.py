@@ -1,4 +1,4 @@
-"""Proof of a lowering: every product with integers, alone in the engine, against the rounded weight in float32.
+"""Proof of a lowering: every product with integers, and every lookup in them, alone in the engine, against rounded weights in float32.
 
 Shows that codes, scales and zero points lie where the operator looks for them, to float32's rounding, whatever the activations are
 rounded to when the graph runs as a whole. It judges neither the rounding nor the graph around the products.
@@ -27,7 +27,7 @@ _SEED = 20261123
 
 @dataclass(frozen=True, kw_only=True)
 class Products:
-    """How many products there are, and the largest error of any, as a share of what its sum is made of."""
+    """How many products and lookups there are, and the largest error of any, as a share of what its sum is made of."""
 
     count: int
     largest_error: float
@@ -37,7 +37,7 @@ class Products:
 
 
 def prove(models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]]) -> Products:
-    """Runs each MatMulNBits of the lowered ``models`` on rows drawn at random.
+    """Runs each MatMulNBits of the lowered ``models`` on rows drawn at random, each GatherBlockQuantized on all rows of its table.
 
     Args:
         models: by graph.
@@ -50,9 +50,10 @@ def prove(models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Bloc
     errors: dict[str, float] = {}
     for graph, model in models.items():
         for node in model.graph:
-            if node.op_type == "MatMulNBits":
+            if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
                 weight = dequantize(blocks[graph][weight_of(node)])
-                errors[f"{graph}: {node.name}"] = _error(node, weight, drawn)
+                error = _error(node, weight, drawn) if node.op_type == "MatMulNBits" else _error_of_rows(node, weight)
+                errors[f"{graph}: {node.name}"] = error
     wrong = [f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
     if wrong:
         title = f"integers do not stand for the weights that they were made of (allowed {TOLERANCE:.0e}); a defect of txopt:"
@@ -64,17 +65,25 @@ def _error(node: ir.Node, weight: NDArray[np.float32], drawn: np.random.Generato
     rows = drawn.standard_normal((_ROWS, len(weight))).astype(np.float32)
     bias = node.inputs[5] if len(node.inputs) > 5 else None
     added = 0 if bias is None else _constant(bias)
-    got = _run(node, rows)
+    attributes = {**node.attributes, "accuracy_level": ir.AttrInt64("accuracy_level", 0)}
+    got = _run(node, attributes, 0, rows)
     exact = rows.astype(np.float64) @ weight + added
     return float((np.abs(got - exact) / (np.abs(rows) @ np.abs(weight) + np.abs(added) + 1e-30)).max())
 
 
-def _run(node: ir.Node, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the engine makes of ``rows`` [R,K] by ``node``'s constants, activations in float32."""
-    source = ir.Value(name="x", shape=ir.Shape(rows.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    constants = [None if value is None else _copy(value) for value in node.inputs[1:]]
-    attributes = {**node.attributes, "accuracy_level": ir.AttrInt64("accuracy_level", 0)}
-    product = ir.Node(CONTRIB, "MatMulNBits", [source, *constants], list(attributes.values()))
+def _error_of_rows(node: ir.Node, weight: NDArray[np.float32]) -> float:
+    """Of a lookup in the table [N,K] whose transpose ``weight`` is; a last block that is filled up reaches beyond K."""
+    got = _run(node, node.attributes, 1, np.arange(weight.shape[1]))[:, : len(weight)]
+    return float(np.abs(got - weight.T).max() / (np.abs(weight).max() + 1e-30))
+
+
+def _run(node: ir.Node, attributes: Mapping[str, ir.Attr], place: int, given: NDArray[Any]) -> NDArray[np.float32]:
+    """What the engine makes of ``given``, the input at ``place``, by ``node``'s constants."""
+    dtype = ir.DataType.from_numpy(given.dtype)
+    source = ir.Value(name="x", shape=ir.Shape(given.shape), type=ir.TensorType(dtype))
+    constants = [None if value is None or index == place else _copy(value) for index, value in enumerate(node.inputs)]
+    inputs = [source if index == place else value for index, value in enumerate(constants)]
+    product = ir.Node(CONTRIB, node.op_type, inputs, list(attributes.values()))
     product.outputs[0].name, product.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(
         [source],
@@ -87,7 +96,7 @@ def _run(node: ir.Node, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         path = Path(folder) / "product.onnx"
         ir.save(ir.Model(graph, ir_version=11), path)
         runner = Runner(path)
-        return runner.array(runner.run({"x": rows})["y"])
+        return runner.array(runner.run({"x": given})["y"])
 
 
 def _copy(value: ir.Value) -> ir.Value:

@@ -15,6 +15,7 @@ from typing import Any
 from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
+from txopt.calibration.linears import LEAST_SIZE, reads
 from txopt.calibration.recipe import Recipe
 from txopt.calibration.samples import Samples
 from txopt.calibration.search import attempts
@@ -121,6 +122,10 @@ def quantize_artifact(
     report("open")
     artifact = Artifact.open(source)
     _check(artifact.manifest)
+    if not any(reads(model.graph) for model in graphs_of(artifact).values()):
+        raise UsageError(
+            f"expected weights that can be rounded, matrices of at least {LEAST_SIZE} numbers, found none; keep it in fp32"
+        )
     baseline = Model(artifact)
     report("data")
     samples = read(

@@ -3,7 +3,20 @@
 Padding is masked and changes nothing by itself. But engines sum over a source lane by lane, and what is left over at its end in
 another order: float results move in their last bits with the padded length. Where activations are rounded to integers, such a bit
 can move a value to the next integer, and the difference is one that shows. With lengths that are multiples of LANES nothing is left
-over, and results are equal to the bit (tests/calibration/test_invariance.py).
+over.
+
+What is promised of int8 and int4 artifacts for the CPU with their own blocks (64 and 32 wide), at one number of threads, and tried in
+tests/calibration/test_invariance.py: a source's logits, and so its ids, are equal to the bit alone and in any batch, whatever the
+lengths of its mates and its own padding, in prefills and in steps, up to the last position that the model has. Where that is no
+multiple of LANES a source is padded to it: what is then left over is padding, zeros that no order of a sum changes, or the source is
+that long wherever it is. Buffers of the self-cache grow by the same rule. A decoder alone keeps it for prompts padded on the left.
+What is not promised:
+- other blocks: products of 8 bits with blocks of 128, or of 4 bits with blocks of 64, differ between one row and several;
+- other engines, processors and numbers of threads: there the bits may be others, for all rows alike;
+- tokens fed at once against the same tokens one by one, and beams: their queries meet the sources in one product, of other sizes;
+- samples of sound, whose frames are as many as the encoder makes of them: they stay as they are;
+- encoders whose own arithmetic sees padding (SpeechT5's first norm): the certificate's "invariance" says how much;
+- artifacts in fp32, fp16 and bf16, where a last bit stays a last bit: they are not padded.
 """
 
 from collections.abc import Mapping
@@ -11,7 +24,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from txopt.runtime.arrays import Array
-from txopt.runtime.graphs import GraphSpec
+from txopt.runtime.graphs import SOURCE_AXES, GraphSpec
 from txopt.runtime.inputs import Bound
 
 LANES = 8
@@ -26,8 +39,8 @@ def whole(length: int, most: int | None = None) -> int:
 def aligned(
     spec: GraphSpec, feeds: Mapping[str, Array], masks: Mapping[str, str | int], bounds: Mapping[str, Bound]
 ) -> dict[str, Array]:
-    """``feeds`` with more padding at the end of every axis that a mask of ``masks`` is about; zeros, in the masks too."""
-    sizes = {axis: feeds[name].shape[1] for name, axis in masks.items() if isinstance(axis, str)}
+    """``feeds`` with more padding at the end of every source length that a mask of ``masks`` is about; zeros, in the masks too."""
+    sizes = {str(axis): feeds[name].shape[1] for name, axis in masks.items() if axis in SOURCE_AXES}
     room: dict[str, int] = {}
     for item in spec.inputs:
         positions = bounds[item.name].positions if item.name in bounds else None

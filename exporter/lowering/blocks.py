@@ -26,10 +26,10 @@ def lower_blocks(model: ir.Model) -> None:
 
 
 def weight_of(node: ir.Node) -> str:
-    """The name of the weight that ``node``, a MatMulNBits of ``lower_blocks``, multiplies with."""
-    codes = node.inputs[1]
-    assert codes is not None, "a MatMulNBits has codes"
-    return str(codes.name).removesuffix("/columns")
+    """The name of the weight that ``node``, an operator of ``lower_blocks``, reads."""
+    codes = node.inputs[1 if node.op_type == "MatMulNBits" else 0]
+    assert codes is not None, "such an operator has codes"
+    return str(codes.name).rpartition("/")[0]
 
 
 class _Weight:
@@ -59,7 +59,7 @@ class _Weight:
 
     def _multiply(self, node: ir.Node) -> None:
         packed = for_matmul_nbits(self._blocks)
-        added = _bias(node)
+        added = _bias(node, columns=self._blocks.codes.shape[1])
         bias, last = (None, node) if added is None else added
         inputs = [node.inputs[0], *self._stored(packed, "columns")]
         if bias is not None:
@@ -79,9 +79,8 @@ class _Weight:
             self._replace(node, new)
             return
         bounds = [integers(self._graph, [number]) for number in (0, width, -1)]
-        cut = ir.node(
-            "Slice", [new.outputs[0], *bounds], name=f"{node.name}/cut"
-        )  # the last block is filled up with zeros
+        # The last block is filled up with zeros.
+        cut = ir.node("Slice", [new.outputs[0], *bounds], name=f"{node.name}/cut")
         self._graph.insert_before(node, new)
         self._replace(node, cut)
 
@@ -98,12 +97,12 @@ class _Weight:
         self._graph.remove(old, safe=True)
 
 
-def _bias(node: ir.Node) -> tuple[ir.Value, ir.Node] | None:
-    """(bias [N], the Add of it) where nothing but that Add reads the product."""
+def _bias(node: ir.Node, columns: int) -> tuple[ir.Value, ir.Node] | None:
+    """(bias [N], the Add of it) where nothing but that Add reads the product, of so many ``columns``, N."""
     uses = list(node.outputs[0].uses())
     if len(uses) != 1 or node.outputs[0].is_graph_output() or uses[0][0].op_type != "Add":
         return None
     add, index = uses[0]
     bias = add.inputs[1 - index]
-    known = bias is not None and bias.const_value is not None and len(bias.const_value.shape) == 1
+    known = bias is not None and bias.const_value is not None and list(bias.const_value.shape) == [columns]
     return (bias, add) if known and bias is not None else None

@@ -14,7 +14,7 @@ def store(graph: ir.Graph, dtype: ir.DataType) -> None:
     """
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 2:
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < 2 or value.is_graph_output():
             continue
         with np.errstate(over="ignore"):  # infinite, and so not equal
             narrow = tensor.numpy().astype(_NUMPY[dtype])

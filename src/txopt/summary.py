@@ -182,7 +182,10 @@ def _shape(shape: list[Any] | None) -> str:
 
 
 _MOST_RUNS = 40
-_HEADLINES = ("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm")
+_HEADLINES = (
+    *("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm"),
+    *("com.microsoft::MatMulNBits", "com.microsoft::GatherBlockQuantized"),
+)
 
 
 def is_ours(fused: Any) -> bool:

@@ -13,7 +13,7 @@ from txopt.calibration.data import read
 from txopt.exporter.pipeline import export
 from txopt.runtime.model import Model
 
-logging.getLogger("torch.__trace").propagate = False  # megabytes; see tests/exporter/conftest.py
+logging.getLogger("torch.__trace").propagate = False  # megabytes; see tests/conftest.py
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 from txopt.page.kinds import KINDS, kind_of
 from txopt.runtime.errors import ArtifactError
 from txopt.runtime.manifest import Manifest
+from txopt.runtime.parity import reference_of
 from txopt.summary import is_certificate, is_ours, megabytes
 
 _MOST_NODES = 12  # named beside a reason
@@ -70,7 +71,7 @@ def of_artifact(manifest: Manifest, path: str, picture: Mapping[str, Any]) -> di
         "subtitle": f"{path}: {manifest.family} ({manifest.kind}, {manifest.task}), {manifest.precision} for {manifest.target}",
         "verdict": {
             "passed": bool(manifest.parity["passed"]),
-            "text": "verified against PyTorch" if manifest.parity["passed"] else "NOT verified",
+            "text": f"verified against {reference_of(manifest)}" if manifest.parity["passed"] else "NOT verified",
         },
         "tiles": [
             _tile("size", megabytes(sum(sizes.values())), f"in {len(sizes)} files"),
