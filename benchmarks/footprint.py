@@ -26,7 +26,8 @@ def footprint(
     return result
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
+    """The most memory that this process has held at once, in MiB."""
     status = Path("/proc/self/status").read_text("ascii", errors="replace")
     kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
     return round(int(kilobytes) / 1024, 1)
@@ -37,7 +38,7 @@ def _main(arguments: list[str]) -> None:
     from txopt.benchmarks.inputs import draw
     from txopt.runtime.model import load
 
-    base = _peak_mb()
+    base = peak_mb()
     start = time.perf_counter()
     model = load(path, threads=threads or None)
     loaded = time.perf_counter() - start
@@ -46,7 +47,7 @@ def _main(arguments: list[str]) -> None:
         model.encode(**draw(model.artifact, batch, source_length))
     else:
         model.generate(**draw(model.artifact, batch, source_length), **options)
-    print(json.dumps({"load_s": round(loaded, 3), "peak_mb": _peak_mb(), "base_mb": base}))
+    print(json.dumps({"load_s": round(loaded, 3), "peak_mb": peak_mb(), "base_mb": base}))
 
 
 if __name__ == "__main__":

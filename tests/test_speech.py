@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GenerationMixin, WhisperForConditionalGeneration
 
-from tests import whisper_tiny
+from txopt.benchmarks import whisper_tiny
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.model import Model
 from txopt.runtime.parity import verify

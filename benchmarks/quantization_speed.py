@@ -1,0 +1,68 @@
+"""What quantized artifacts gain in speed and size.
+
+Models of published sizes with seeded random weights: speed depends on sizes alone. Rounded weights say other things than fp32's,
+so ids are not compared; lengths are forced instead, and both artifacts take the same number of steps. What quantization does to the
+text of trained weights is quantization_loss.py's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from txopt.benchmarks.inputs import draw
+from txopt.benchmarks.main_road import build
+from txopt.benchmarks.quantization_invariance import moved
+from txopt.benchmarks.quantization_loss import sizes
+from txopt.benchmarks.timing import in_turn, ratio
+from txopt.exporter.pipeline import export
+from txopt.exporter.quantize import Options, quantize_artifact
+from txopt.runtime.model import Model
+
+MODELS = ("t5-small", "marian")
+BATCHES, SOURCE_LENGTH, NEW_TOKENS, REPEATS = (1, 8), 64, 64, 5
+LENGTHS = (
+    64,
+    3,
+    17,
+    1,
+    40,
+    63,
+    8,
+    29,
+)  # of the sources in a batch: one beside mates that are longer, shorter and padded
+PROMPT, STEPS = 5, 12  # tokens fed at once, then one by one
+
+
+def measure(
+    schemes: Sequence[str], parts: Sequence[str], work: Path, note: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """{"speed": {model: {scheme: row}}} and {"invariance": ...}, whichever of them is among ``parts``."""
+    for name in MODELS:
+        before = export(build(name, work / name), work / f"{name}-out")
+        for scheme in schemes:
+            note(f"{name}, {scheme}")
+            # Its own loss is that of random weights on random ids, and speed depends on no method: the quickest will do.
+            after = quantize_artifact(
+                before.path, work / f"{name}-{scheme}", Options(precision=scheme, method="rtn", limit=2)
+            )
+            baseline, candidate = Model(before), Model(after)
+            if "speed" in parts:
+                row: dict[str, Any] = {"size": sizes(before, after)}
+                row |= {f"batch {batch}": _faster(baseline, candidate, batch) for batch in BATCHES}
+                yield {"speed": {name: {scheme: row}}}
+            if "invariance" in parts:
+                yield {"invariance": {name: {"fp32": moved(baseline), f"{scheme} rtn": moved(candidate)}}}
+
+
+def _faster(baseline: Model, candidate: Model, batch: int) -> dict[str, Any]:
+    inputs = draw(baseline.artifact, batch, SOURCE_LENGTH)
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "num_beams": 1}
+    calls = {
+        "quantized": lambda: candidate.generate(**inputs, **options),
+        "fp32": lambda: baseline.generate(**inputs, **options),
+    }
+    times = in_turn(calls, repeats=REPEATS)
+    return {
+        "ratio": ratio(times["quantized"], times["fp32"]),
+        **{name: timing.to_json() for name, timing in times.items()},
+    }
