@@ -72,6 +72,10 @@ def optimize(
         ParityError: the new graph does not say what the file says. ArtifactError: ``out`` may not be written.
     """
     source = _file(path)
+    if source.resolve().is_relative_to(Path(out).resolve()):
+        raise ArtifactError(
+            f"{out}: holds {source}, which would be replaced while it is read; choose another directory"
+        )
     with _FolderWriter(out, overwrite=overwrite) as writer:
         asked = {"directory": str(writer.directory), "prove": prove, "in_place_cache": in_place_cache}
         found = _ask(source, progress, task="optimize", **asked)

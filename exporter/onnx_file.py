@@ -16,6 +16,7 @@ from onnxscript import optimizer, version_converter
 
 from txopt.exporter.graph import FOLD_LIMIT, remove_identities, transpose_weights
 from txopt.exporter.onnx_weights import skeleton
+from txopt.exporter.softmax import restore_softmaxes
 from txopt.exporter.weights import INLINE_BYTES
 from txopt.runtime.errors import SourceError, explain
 
@@ -120,6 +121,7 @@ def clean(model: ir.Model) -> None:
     remove_identities(model.graph)  # not those of subgraphs, whose outputs may be nothing else
     transpose_weights(model)
     fold(model)
+    restore_softmaxes(model.graph)
     passes.RemoveUnusedOpsetsPass()(model)
     _bring_in(model)
     model.producer_name, model.producer_version = "txopt", None

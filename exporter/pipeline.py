@@ -4,6 +4,7 @@ Owns the order of the stages and what the manifest says of them; every stage liv
 parity leaves nothing at OUT.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +34,15 @@ from txopt.runtime.options import UNSUPPORTED, GenerationOptions
 from txopt.runtime.parity import ParityReport, replay
 from txopt.runtime.writer import ArtifactWriter
 
+logger = logging.getLogger(__name__)
+
 STAGES = ("load", "record", "trace", "fuse", "lower", "write", "verify")
 _VERSIONS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 # What the manifest keeps of a generation configuration: what generate() acts on or refuses, and the speech front end's defaults.
 _GENERATION = {field.name for field in fields(GenerationOptions)} | set(UNSUPPORTED) | {"language", "task"}
+
+MOST_MOVED = 0.5  # logits; rounding moves them by less than that, in float16 too
 
 Progress = Callable[[str], None]
 
@@ -232,4 +237,12 @@ def _verified(writer: ArtifactWriter, manifest: Manifest, skipped: Sequence[str]
     """The artifact, if what the writer has says what the reference cases say."""
     report("verify")
     parity = replay(writer.draft(manifest), reference_cases.load(writer.directory), skipped=skipped).require()
+    for what, moved in parity.invariance.items():
+        if moved > MOST_MOVED:
+            logger.warning(
+                "what a row says depends on its %s, as in the source: logits or embeddings move by up to %.2g; a module that mixes "
+                "the rows of a batch, or reads padding, answers differently in other company",
+                what,
+                moved,
+            )
     return writer.commit(replace(manifest, parity=parity.certificate()))
