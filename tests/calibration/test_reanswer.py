@@ -14,7 +14,7 @@ from txopt.runtime.parity import TOLERANCE, replay
 
 pytestmark = pytest.mark.slow
 
-MODELS = ("g2p", "gpt2", "t5", "bert")
+MODELS = ("g2p", "gpt2", "t5")
 
 
 @pytest.fixture(scope="module")
