@@ -1,8 +1,9 @@
 """One attempt at a quantized artifact: rounded, written, proved, and measured.
 
 What is proved: the integers in the files stand for the rounded weights (products.py); the graphs around them say what these weights
-say in float32 (parity, at the tolerance of the engine's arithmetic). What rounding cost is measured in the task's own metric
-(docs/loss.md). Owns what the certificate says of all this. It judges nothing: whoever asks looks at the verdict.
+say (in float32, at its tolerance); the engine says it too (parity, at the tolerance of activations of 8 bits). What rounding cost is
+measured in the task's own metric (docs/loss.md). Owns what the certificate says of all this. It judges nothing: whoever asks looks at
+the verdict.
 """
 
 import shutil
@@ -28,12 +29,13 @@ from txopt.calibration.sensitivity import Sensitivity
 from txopt.exporter import graph as graphs
 from txopt.exporter import products, weights
 from txopt.exporter.lowering import LOWERINGS
+from txopt.exporter.lowering.floats import raise_blocks
 from txopt.runtime import cases
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.files import MANIFEST
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.model import Model
-from txopt.runtime.parity import replay
+from txopt.runtime.parity import ParityReport, replay
 from txopt.runtime.writer import ArtifactWriter
 
 _VERSIONS = ("onnx", "onnx-ir", "onnxruntime", "numpy")
@@ -101,6 +103,7 @@ def attempt(
     for model in models.values():
         LOWERINGS[artifact.manifest.target](model, ground.precision)
     proved = products.prove(models, blocks)
+    around = _around(artifact, models, blocks, directory)
     weights.write(models, directory)
     _copy_rest(artifact, directory)
     manifest = _manifest(artifact, models, ground.precision)
@@ -118,6 +121,7 @@ def attempt(
         "finer": [_finer(each, recipe) for each in found if each.name in recipe.finer],
         "data": ground.calibrated.to_json(),
         "products": proved.to_json(),
+        "graphs": {"largest_error": float(f"{around.largest_error:.2e}"), "tolerance": around.tolerance},
         "loss": verdict.certificate(),
     }
     return Attempt(manifest=replace(proven, calibration=calibration), verdict=verdict, blocks=blocks)
@@ -144,6 +148,23 @@ def _write_answers(artifact: Artifact, models: Mapping[str, ir.Model], directory
         _copy_rest(artifact, Path(folder))
         twin = Artifact(path=Path(folder), manifest=artifact.manifest)
         cases.save(reanswer(Model(twin), cases.load(artifact.path)), directory)
+
+
+def _around(
+    artifact: Artifact,
+    models: Mapping[str, ir.Model],
+    blocks: Mapping[str, Mapping[str, Blocks]],
+    directory: Path,
+) -> ParityReport:
+    """That the lowered graphs, their products in float32 again, give the answers to the first case that are in ``directory``."""
+    floats = {name: model.clone() for name, model in models.items()}
+    for name, model in floats.items():
+        raise_blocks(model, blocks[name])
+    with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
+        weights.write(floats, Path(folder))
+        _copy_rest(artifact, Path(folder))
+        first = replace(cases.load(directory)[0], generated={})
+        return replay(Artifact(path=Path(folder), manifest=artifact.manifest), [first]).require()
 
 
 def _copy_rest(artifact: Artifact, directory: Path) -> None:
