@@ -1,8 +1,9 @@
 """The attempt at static int8: smoothed, calibrated, written, proved, and measured.
 
 What is proved is that the engine, with the CPU's lowering and its own fusions, says what the pairs of QuantizeLinear and
-DequantizeLinear say where every node is computed as it is written: rounding activations is part of what these graphs mean. What they
-lost is measured, as of every attempt.
+DequantizeLinear say where every node is computed as it is written: rounding activations is part of what these graphs mean. That is a
+coarse test of a deep model, so every product is proved alone too (static_products.py). What they lost is measured, as of every
+attempt.
 """
 
 import tempfile
@@ -22,6 +23,7 @@ from txopt.calibration.smooth import observed
 from txopt.calibration.static import Placed
 from txopt.exporter.attempt import Ground, Progress, clear, finish, graphs_of, twin, write_answers
 from txopt.exporter.lowering.static import lower_static
+from txopt.exporter.static_products import prove_static
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.writer import ArtifactWriter
@@ -56,6 +58,7 @@ def static_attempt(
         write_answers(asked, {name: model.clone() for name, model in models.items()}, writer.directory, as_written=True)
         for model in models.values():
             lower_static(model)
+        proved = prove_static(models)
         manifest, verdict = finish(ground, models, writer, report)
     calibration = {
         "scheme": {
@@ -69,6 +72,7 @@ def static_attempt(
         },
         "weights": {name: _counted(mine) for name, mine in placed.items()},
         "data": ground.calibrated.to_json(),
+        "products": proved.to_json(),
         "loss": verdict.require().certificate(),
     }
     return replace(manifest, calibration=calibration)

@@ -57,6 +57,8 @@ def test_the_certificate_says_what_was_done(quantized: Artifact) -> None:
     assert found["scheme"]["activations"] == "static int8, one scale for each tensor"
     assert found["scheme"]["method"] == "mse"
     assert found["data"]["samples"] == 128
+    assert found["products"]["count"] == 13 + 16  # every MatMul of the decoder and of the encoder
+    assert found["products"]["largest_error"] <= found["products"]["tolerance"] == 1e-5
     assert all(counted["float"] == [] for counted in found["weights"].values())
     json.dumps(found)
 
