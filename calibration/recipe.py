@@ -1,19 +1,23 @@
-"""How the weights of a model are rounded: what a user chose, made into blocks weight by weight.
+"""How a model is rounded: what a user chose, and for weights in blocks, what comes of it weight by weight.
 
-Owns the choice of scheme and method for each weight; how codes are found is weights.py's, where data come from collect.py's.
+Owns the choice of scheme and method for each weight; how codes are found is weights.py's, where data come from collect.py's. What is
+made of a static recipe is static.py's.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from txopt.calibration import amax
 from txopt.calibration.blocks import Blocks, BlockScheme
 from txopt.calibration.linears import Role, reads
+from txopt.calibration.static import Sums
 from txopt.calibration.weights import Method, quantize
-from txopt.runtime.errors import UsageError
+from txopt.runtime.errors import UsageError, explain
 
 # Products of blocks this wide are equal to the bit for one row and for many; those of wider ones are not (docs/quantization.md).
 SCHEMES = {
@@ -24,6 +28,13 @@ METHODS = {"int8": Method.RTN, "int4": Method.GPTQ}
 
 Moments = Mapping[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
+
+
+class Scheme(StrEnum):
+    """What is known beforehand."""
+
+    WEIGHTS = "weights"  # weights in blocks; activations are rounded as they come, row by row and block by block
+    STATIC = "static"  # one scale for every activation too: pairs of QuantizeLinear and DequantizeLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,57 @@ class Recipe:
     def looks_at_data(self) -> bool:
         """Whether codes depend on what calibration sees."""
         return self.method in (Method.GPTQ, Method.CLIP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticRecipe:
+    """Static int8.
+
+    Attributes:
+        clipping: how ranges of activations are found.
+        sums: see static.Sums.
+        keep: names of weights whose products stay in float.
+    """
+
+    clipping: amax.Method = field(default_factory=amax.MSE)
+    sums: Sums = Sums.FLOAT
+    keep: frozenset[str] = frozenset()
+
+    looks_at_data: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "StaticRecipe":
+        """The recipe of "int8", with a way of clipping (``amax.METHODS``) that a user names.
+
+        Raises:
+            UsageError: there is no such method, or static int8 has no such choice.
+        """
+        problems = []
+        if precision != "int8":
+            problems.append(
+                f"precision: expected int8, the one of which engines have static products, got {precision!r}"
+            )
+        if method is not None and method not in amax.METHODS:
+            problems.append(f"method: expected one of {', '.join(amax.METHODS)}, got {method!r}")
+        if block is not None:
+            problems.append(f"block: expected none, for weights have a scale for each output, got {block}")
+        if problems:
+            raise UsageError(explain("the static scheme cannot be had like this:", problems))
+        return cls() if method is None else cls(clipping=amax.METHODS[method]())
+
+
+def recipe_of(
+    scheme: str, precision: str, *, method: str | None = None, block: int | None = None
+) -> Recipe | StaticRecipe:
+    """The recipe of a scheme.
+
+    Raises:
+        UsageError: there is no such scheme, or it has no such precision, method or block.
+    """
+    if scheme not in tuple(Scheme):
+        raise UsageError(f"scheme: expected one of {', '.join(Scheme)}, got {scheme!r}")
+    kind = StaticRecipe if scheme == Scheme.STATIC else Recipe
+    return kind.of(precision, method=method, block=block)
 
 
 def rounded(model: ir.Model, recipe: Recipe, moments: Moments) -> dict[str, Blocks]:

@@ -91,30 +91,22 @@ def attempt(
         ParityError: the engine does not compute what the integers stand for.
     """
     artifact, directory = ground.artifact, writer.directory
-    for file in directory.iterdir():
-        file.unlink()
+    clear(directory)
     report("quantize")
     models = graphs_of(artifact)
     blocks = {name: rounded(model, recipe, ground.moments.get(name, {})) for name, model in models.items()}
     for name, model in models.items():
         put(model.graph, blocks[name])
     report("pack")
-    _write_answers(artifact, models, directory)
+    floats = {name: model.clone() for name, model in models.items()}
+    for model in floats.values():
+        unfold(model.graph)
+    write_answers(artifact, floats, directory)
     for model in models.values():
         LOWERINGS[artifact.manifest.target](model, ground.precision)
     proved = products.prove(models, blocks)
     around = _around(artifact, models, blocks, directory)
-    weights.write(models, directory)
-    _copy_rest(artifact, directory)
-    manifest = _manifest(artifact, models, ground.precision)
-    report("check")
-    skipped = artifact.manifest.parity.get("skipped", ())
-    parity = replay(writer.draft(manifest), cases.load(directory), skipped=skipped).require()
-    report("measure")
-    proven = replace(manifest, parity=parity.certificate())
-    verdict = _measured(
-        ground, writer.staged(proven), partial(report, "measure")
-    )  # by its hash, which counts the parity
+    manifest, verdict = finish(ground, models, writer, report)
     calibration = {
         "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": "int8 by row and block"},
         "weights": {name: _counted(mine) for name, mine in blocks.items()},
@@ -124,7 +116,37 @@ def attempt(
         "graphs": {"largest_error": float(f"{around.largest_error:.2e}"), "tolerance": around.tolerance},
         "loss": verdict.certificate(),
     }
-    return Attempt(manifest=replace(proven, calibration=calibration), verdict=verdict, blocks=blocks)
+    return Attempt(manifest=replace(manifest, calibration=calibration), verdict=verdict, blocks=blocks)
+
+
+def finish(
+    ground: Ground, models: Mapping[str, ir.Model], writer: ArtifactWriter, report: Progress
+) -> tuple[Manifest, gate.Verdict]:
+    """Writes the lowered ``models`` beside their answers, replays these, and measures.
+
+    Returns the manifest, complete but for its files and what calibration has to say, and the verdict.
+
+    Raises:
+        ParityError: the engine does not give the answers.
+    """
+    artifact, directory = ground.artifact, writer.directory
+    weights.write(models, directory)
+    _copy_rest(artifact, directory)
+    manifest = _manifest(artifact, models, ground.precision)
+    report("check")
+    skipped = artifact.manifest.parity.get("skipped", ())
+    parity = replay(writer.draft(manifest), cases.load(directory), skipped=skipped).require()
+    report("measure")
+    proven = replace(manifest, parity=parity.certificate())
+    return proven, _measured(
+        ground, writer.staged(proven), partial(report, "measure")
+    )  # by its hash, which counts the parity
+
+
+def clear(directory: Path) -> None:
+    """Takes away what an attempt before left there."""
+    for file in directory.iterdir():
+        file.unlink()
 
 
 def _finer(found: Sensitivity, recipe: Recipe) -> dict[str, Any]:
@@ -138,16 +160,20 @@ def _counted(blocks: Mapping[str, Blocks]) -> dict[str, int]:
     return {"rounded": len(blocks), "numbers": sum(each.codes.size for each in blocks.values())}
 
 
-def _write_answers(artifact: Artifact, models: Mapping[str, ir.Model], directory: Path) -> None:
-    """The artifact's reference cases, answered by the rounded weights in float32, into ``directory``."""
-    floats = {name: model.clone() for name, model in models.items()}
-    for model in floats.values():
-        unfold(model.graph)
+def twin(artifact: Artifact, models: Mapping[str, ir.Model], directory: Path) -> Artifact:
+    """``artifact`` with other graphs, written to ``directory``; ``models`` have their weights there afterwards."""
+    weights.write(models, directory)
+    _copy_rest(artifact, directory)
+    return Artifact(path=directory, manifest=artifact.manifest)
+
+
+def write_answers(
+    artifact: Artifact, models: Mapping[str, ir.Model], directory: Path, *, as_written: bool = False
+) -> None:
+    """The artifact's reference cases, answered by ``models``, into ``directory``; see ``Runner`` for ``as_written``."""
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
-        weights.write(floats, Path(folder))
-        _copy_rest(artifact, Path(folder))
-        twin = Artifact(path=Path(folder), manifest=artifact.manifest)
-        cases.save(reanswer(Model(twin), cases.load(artifact.path)), directory)
+        answering = Model(twin(artifact, models, Path(folder)), as_written=as_written)
+        cases.save(reanswer(answering, cases.load(artifact.path)), directory)
 
 
 def _around(

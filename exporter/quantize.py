@@ -16,11 +16,12 @@ from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
 from txopt.calibration.linears import LEAST_SIZE, reads
-from txopt.calibration.recipe import Recipe
+from txopt.calibration.recipe import Recipe, Scheme, StaticRecipe, recipe_of
 from txopt.calibration.samples import Samples
 from txopt.calibration.search import attempts
 from txopt.calibration.sensitivity import sensitivities, tables_of
 from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
+from txopt.exporter.static import static_attempt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, UsageError
 from txopt.runtime.manifest import Manifest
@@ -44,7 +45,8 @@ class Options:
         calibration: see ``calibration.data.read``; None: made up, with a warning.
         max_loss: points of the metric that may be lost; None: measured, not limited.
         metric: its name; None: chosen by what the artifact does.
-        method: how codes are found (weights.Method); None: as recipe.METHODS.
+        scheme: "weights" (in blocks) or "static" (recipe.Scheme).
+        method: how codes are found (weights.Method), None: as recipe.METHODS; of the static scheme, how ranges are (amax.METHODS).
         block: rows of a weight with one scale; None: as recipe.SCHEMES.
         limit: most samples that are measured.
         steps: which positions calibration sees.
@@ -55,19 +57,20 @@ class Options:
     calibration: Any = None
     max_loss: float | None = None
     metric: str | None = None
+    scheme: str = Scheme.WEIGHTS
     method: str | None = None
     block: int | None = None
     limit: int | None = LIMIT
     steps: Steps = Steps.LOOP
     language: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self) -> Recipe:
+    def check(self) -> Recipe | StaticRecipe:
         """The recipe, if all that can be judged without a model is right.
 
         Raises:
             UsageError: it is not. InputError: there is no such file of data. MissingDependencyError: the metric needs a package.
         """
-        recipe = Recipe.of(self.precision, method=self.method, block=self.block)
+        recipe = recipe_of(self.scheme, self.precision, method=self.method, block=self.block)
         if self.metric is not None:
             metrics.metric(self.metric)
         gate.check_limit(self.metric, self.max_loss)
@@ -84,6 +87,7 @@ def quantize(
     calibration: Any = None,
     max_loss: float | None = None,
     metric: str | None = None,
+    scheme: str = Scheme.WEIGHTS,
     method: str | None = None,
     block: int | None = None,
     limit: int | None = LIMIT,
@@ -96,6 +100,7 @@ def quantize(
         calibration=calibration,
         max_loss=max_loss,
         metric=metric,
+        scheme=scheme,
         method=method,
         block=block,
         limit=limit,
@@ -136,7 +141,7 @@ def quantize_artifact(
         report("calibrate")
         heard = evaluate.said(baseline, measured, progress=partial(report, "calibrate"))
         moments: Mapping[str, Any] = {}
-        if recipe.looks_at_data:
+        if isinstance(recipe, Recipe) and recipe.looks_at_data:
             moments = _moments(artifact, baseline, calibrated, options.steps, partial(report, "calibrate"))
         ground = Ground(
             artifact=artifact,
@@ -149,6 +154,8 @@ def quantize_artifact(
             metric=options.metric,
             max_loss=options.max_loss,
         )
+        if isinstance(recipe, StaticRecipe):
+            return writer.commit(static_attempt(ground, recipe, writer, report, options.steps))
         made = _searched(ground, recipe, writer, report)
         return writer.commit(made.manifest)
 
@@ -157,7 +164,7 @@ def _parted(samples: Samples) -> tuple[Samples, Samples]:
     """Samples to calibrate on, and others to measure on: what was fitted to must not judge the fit. Few samples serve both."""
     if len(samples) < FEW:
         logger.warning(
-            "%d samples are too few to be parted: weights are fitted to those that the loss is measured on, which flatters them; "
+            "%d samples are too few to be parted: integers are fitted to those that the loss is measured on, which flatters them; "
             "give at least %d",
             len(samples),
             FEW,

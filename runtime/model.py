@@ -39,12 +39,14 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | No
 
 
 class Model:
-    """See the module's docstring; made by ``load``."""
+    """See the module's docstring; made by ``load``, and by who asks what graphs mean ``as_written``."""
 
-    def __init__(self, artifact: Artifact, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, *, device: str = "cpu", threads: int | None = None, as_written: bool = False
+    ) -> None:
         self.artifact = artifact
         self.manifest = artifact.manifest
-        self.session = Session(artifact, device=device, threads=threads)
+        self.session = Session(artifact, device=device, threads=threads, as_written=as_written)
 
     def encode(self, **inputs: Array) -> Encoded:
         """Runs the encoder once: memory [B,T,M] and the cross K/V, left on the engine's device."""

@@ -175,7 +175,7 @@ def replay(
 
 
 def reference_of(manifest: Manifest) -> str:
-    """Who gave an artifact's reference answers: PyTorch, the .onnx files that it was made of, or its own weights in float32."""
+    """Who gave an artifact's reference answers: PyTorch, the .onnx files that it was made of, or its own rounded numbers."""
     if manifest.precision in QUANTIZED:
         return "its rounded weights in float32"
     return "the original files" if manifest.source.get("kind") == "optimum" else "PyTorch"

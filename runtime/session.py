@@ -48,15 +48,18 @@ class Session:
         artifact: opened, so its hashes are checked already.
         device: "cpu" or "cuda".
         threads: engine threads, None for one per core.
+        as_written: see ``Runner``: what the graphs mean, without the engine's fusions.
 
     Errors:
         ArtifactError: a file holds no graph, or another than the manifest says.
     """
 
-    def __init__(self, artifact: Artifact, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, *, device: str = "cpu", threads: int | None = None, as_written: bool = False
+    ) -> None:
         self.manifest = artifact.manifest
         self._runners = {
-            name: Runner(artifact.file(spec.file), device=device, threads=threads)
+            name: Runner(artifact.file(spec.file), device=device, threads=threads, as_written=as_written)
             for name, spec in artifact.manifest.graphs.items()
         }
         problems = [

@@ -98,6 +98,12 @@ def test_0_run_says_a_word_and_nothing_else(g2p: Artifact) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "K AE1 T\n", "")
 
 
+def test_2_a_scheme_that_does_not_exist_at_a_precision(g2p: Artifact, tmp_path: Path) -> None:
+    done = txopt("quantize", g2p.path, tmp_path / "out", "--scheme", "static", "--precision", "int4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "precision: expected int8" in done.stderr
+
+
 def test_0_inspect_is_one_document(g2p: Artifact) -> None:
     done = txopt("inspect", g2p.path, "--json")
     assert (done.returncode, done.stderr) == (0, "")

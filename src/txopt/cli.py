@@ -96,6 +96,10 @@ def quantize(
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,
+    scheme: Annotated[
+        str,
+        typer.Option(help="weights (in blocks), or static (int8: one scale for each activation, found on the data)"),
+    ] = "weights",
     method: Method = None,
     block: Annotated[int | None, typer.Option(help="rows of a weight that share a scale: 16 to 256")] = None,
     limit: Annotated[int, typer.Option(help="most samples to calibrate and measure on")] = 256,
@@ -116,6 +120,7 @@ def quantize(
             calibration=calibration,
             max_loss=max_loss,
             metric=metric,
+            scheme=scheme,
             method=method,
             block=block,
             limit=limit,

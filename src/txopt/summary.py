@@ -55,11 +55,14 @@ def _rounding(found: Any) -> list[str]:
         before, after = loss["baseline"]["figure"]["value"], loss["candidate"]["figure"]["value"]
         made_up = ", made up" if data["synthetic"] else ""
         limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
+        static = "block" not in scheme
         return [
-            f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}",
+            f"  static int8: ranges of activations by {scheme['method']}"
+            if static
+            else f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}",
             *(
                 f"    {each['weight']} in {each['as']}: {each['divergence_nats']:.1e} nats alone"
-                for each in found["finer"]
+                for each in found.get("finer", ())
             ),
             f"  {metric} {before:.2f} before, {after:.2f} after: lost {lost['value']:.2f} points "
             f"(95% interval {lost['low']:.2f} to {lost['high']:.2f}{limit}) on {loss['data']['samples']} samples{made_up}",

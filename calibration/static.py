@@ -1,0 +1,160 @@
+"""Static int8: pairs of QuantizeLinear and DequantizeLinear around every product with a weight, standard ONNX that every engine reads.
+
+MatMul(x, W) becomes MatMul(DQ(Q(x)), DQ(codes)): x in int8 with one scale, known beforehand, for the whole tensor; W in int8 with
+one scale for each output. A tensor has one pair, which all products that read it share. A table [V,M] has a scale for each row, which
+is an output of its head, and a token's. Zero points are 0: TensorRT takes no others. Products of attention stay in float, as do
+convolutions.
+
+TensorRT advises to quantize the inputs of weighted operations and not their outputs, and to quantize the residual input of a sum that
+follows one, so that the sum becomes part of the product's kernel
+(https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html, "Q/DQ
+Layer-Placement Recommendations"). The residual stream of a Transformer is what loses most by that, so that is an option (Sums).
+
+Owns the edit of the graph. Where activations are clipped is activations.py's.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import onnx_ir as ir
+
+from txopt.calibration.channels import per_channel
+from txopt.calibration.linears import Read, Role, reads
+from txopt.calibration.quantize import constant
+from txopt.runtime.errors import InputError, explain
+
+_ZERO = "static/zero"
+_LARGEST = 127  # the code of amax; QuantizeLinear itself stops at -128
+
+
+class Sums(StrEnum):
+    """What becomes of the other input of a sum behind a product."""
+
+    FLOAT = "float"
+    RESIDUAL = "residual"  # it is quantized
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """How many tensors got a pair, how many weights codes, and the products that stay in float."""
+
+    activations: int
+    weights: int
+    numbers: int
+    floats: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The products to quantize, and all uses of each tensor that gets a pair."""
+
+    products: list[Read]
+    pairs: dict[ir.Value, list[tuple[ir.Node, int]]]
+
+
+def activations(graph: ir.Graph, *, keep: Collection[str] = (), sums: Sums = Sums.FLOAT) -> list[str]:
+    """The names of the tensors that ``place`` needs a range of."""
+    return [str(value.name) for value in _plan(graph, keep, sums).pairs]
+
+
+def place(graph: ir.Graph, amax: Mapping[str, float], *, keep: Collection[str] = (), sums: Sums = Sums.FLOAT) -> Placed:
+    """Puts the pairs into ``graph``, and codes in the place of weights.
+
+    Args:
+        graph: changed in place; the float weights are gone from it afterwards.
+        amax: the largest magnitude that codes hold, by tensor.
+        keep: names of weights whose products stay in float.
+        sums: see Sums.
+
+    Raises:
+        InputError: a tensor has no range. SourceError: a weight is not finite.
+    """
+    plan = _plan(graph, keep, sums)
+    missing = [f"{value.name}" for value in plan.pairs if value.name not in amax]
+    if missing:
+        raise InputError(explain("these tensors have no range; calibrate again, on this graph:", missing))
+    numbers = 0
+    weights = {read.weight: read.role for read in reads(graph) if read.name not in keep}
+    for weight, role in weights.items():
+        assert weight.const_value is not None, "reads() gives no others"
+        numbers += weight.const_value.size
+        _dequantize(graph, weight, role)
+    for value, uses in plan.pairs.items():
+        _pair(graph, value, amax[str(value.name)], uses)
+    floats = sorted({read.name for read in reads(graph) if read.role is not Role.TABLE})
+    return Placed(activations=len(plan.pairs), weights=len(weights), numbers=numbers, floats=tuple(floats))
+
+
+def scale_of(amax: float) -> np.float32:
+    """The step of symmetric int8 that reaches ``amax``; 1 for a tensor that was always 0."""
+    return np.float32(max(amax / _LARGEST, float(np.finfo(np.float32).tiny))) if amax else np.float32(1)
+
+
+def _plan(graph: ir.Graph, keep: Collection[str], sums: Sums) -> _Plan:
+    products = [read for read in reads(graph) if read.role is not Role.TABLE and read.name not in keep]
+    pairs: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for read in products:
+        assert read.activations is not None, "products have them"
+        pairs.setdefault(read.activations, []).append((read.node, 0))
+    if sums is Sums.RESIDUAL:
+        for add, index in _residuals(products):
+            value = add.inputs[index]
+            assert value is not None, "_residuals() looked"
+            pairs.setdefault(value, []).append((add, index))
+    return _Plan(products=products, pairs=pairs)
+
+
+def _residuals(products: list[Read]) -> Iterator[tuple[ir.Node, int]]:
+    """Sums of a product, with its bias or without, and a tensor that is no constant; and which of their inputs that tensor is."""
+    for read in products:
+        value = read.node.outputs[0]
+        for _ in range(2):
+            uses = list(value.uses())
+            if len(uses) != 1 or uses[0][0].op_type != "Add":
+                break
+            add, index = uses[0]
+            other = add.inputs[1 - index]
+            if other is None or other.const_value is None:
+                if other is not None and other is not value:
+                    yield add, 1 - index
+                break
+            value = add.outputs[0]
+
+
+def _dequantize(graph: ir.Graph, weight: ir.Value, role: Role) -> None:
+    assert weight.const_value is not None, "reads() gives no others"
+    table = role is not Role.LINEAR
+    matrix = weight.const_value.numpy()
+    channels = per_channel(matrix.T if table else matrix, name=str(weight.name))
+    codes = np.ascontiguousarray(channels.codes.T) if table else channels.codes
+    inputs = [
+        constant(graph, f"{weight.name}/codes", ir.Tensor(codes)),
+        constant(graph, f"{weight.name}/scales", ir.Tensor(channels.scales)),
+    ]
+    axis = 0 if table else 1
+    node = ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{weight.name}/dequantize")
+    node.outputs[0].name = f"{weight.name}/rounded"
+    node.outputs[0].shape, node.outputs[0].type = weight.shape, weight.type
+    graph.insert_before(next(iter(graph)), node)
+    weight.replace_all_uses_with(node.outputs[0])
+    del graph.initializers[str(weight.name)]
+
+
+def _pair(graph: ir.Graph, value: ir.Value, amax: float, uses: list[tuple[ir.Node, int]]) -> None:
+    scale = constant(graph, f"{value.name}/scale", ir.Tensor(np.array(scale_of(amax))))
+    zero = constant(graph, _ZERO, ir.Tensor(np.array(0, np.int8)))
+    quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}/quantize")
+    codes = quantize.outputs[0]
+    codes.name, codes.shape, codes.type = f"{value.name}/codes", value.shape, ir.TensorType(ir.DataType.INT8)
+    dequantize = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{value.name}/dequantize")
+    rounded = dequantize.outputs[0]
+    rounded.name, rounded.shape, rounded.type = f"{value.name}/rounded", value.shape, value.type
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(next(iter(graph)), [quantize, dequantize])
+    else:
+        graph.insert_after(producer, [quantize, dequantize])
+    for node, index in uses:
+        node.replace_input_with(index, rounded)
