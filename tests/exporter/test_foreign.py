@@ -340,7 +340,7 @@ def test_a_model_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
     onnx.save(proto(), out / "model.onnx")
     (out / "weights.data").write_bytes(b"")
     with pytest.raises(ArtifactError, match="did not write"):
-        foreign.optimize(out / "model.onnx", out, overwrite=True)
+        foreign.optimize(saved(proto(), tmp_path), out, overwrite=True)
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:

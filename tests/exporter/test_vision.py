@@ -110,5 +110,5 @@ def test_trocr_has_cross_attention_whatever_its_configuration_says(tmp_path: Pat
 
 def test_a_size_that_the_configuration_lacks_is_named() -> None:
     config = t.VisionEncoderDecoderConfig(encoder=t.BertConfig().to_dict(), decoder=t.TrOCRConfig().to_dict())
-    with pytest.raises(SourceError, match=r"config\.json has no encoder\.image_size\.0"):
+    with pytest.raises(SourceError, match=r"configuration has no encoder\.image_size\.0"):
         huggingface_facts._value(config, "encoder.image_size.0")
