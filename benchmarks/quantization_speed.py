@@ -19,6 +19,7 @@ from txopt.exporter.quantize import Options, quantize_artifact
 from txopt.runtime.model import Model
 
 MODELS = ("t5-small", "marian")
+SCHEMES = {"int8": ("weights", "rows"), "int4": ("weights",)}  # by precision
 BATCHES, SOURCE_LENGTH, NEW_TOKENS, REPEATS = (1, 8), 64, 64, 5
 LENGTHS = (
     64,
@@ -34,24 +35,27 @@ PROMPT, STEPS = 5, 12  # tokens fed at once, then one by one
 
 
 def measure(
-    schemes: Sequence[str], parts: Sequence[str], work: Path, note: Callable[[str], None]
+    precisions: Sequence[str], parts: Sequence[str], work: Path, note: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """{"speed": {model: {scheme: row}}} and {"invariance": ...}, whichever of them is among ``parts``."""
     for name in MODELS:
         before = export(build(name, work / name), work / f"{name}-out")
-        for scheme in schemes:
-            note(f"{name}, {scheme}")
+        for precision, scheme in ((each, scheme) for each in precisions for scheme in SCHEMES[each]):
+            shown = precision if scheme == "weights" else f"{precision} {scheme}"
+            note(f"{name}, {shown}")
             # Its own loss is that of random weights on random ids, and speed depends on no method: the quickest will do.
             after = quantize_artifact(
-                before.path, work / f"{name}-{scheme}", Options(precision=scheme, method="rtn", limit=2)
+                before.path,
+                work / f"{name}-{precision}-{scheme}",
+                Options(precision=precision, scheme=scheme, method="rtn", limit=2),
             )
             baseline, candidate = Model(before), Model(after)
             if "speed" in parts:
                 row: dict[str, Any] = {"size": sizes(before, after)}
                 row |= {f"batch {batch}": _faster(baseline, candidate, batch) for batch in BATCHES}
-                yield {"speed": {name: {scheme: row}}}
+                yield {"speed": {name: {shown: row}}}
             if "invariance" in parts:
-                yield {"invariance": {name: {"fp32": moved(baseline), f"{scheme} rtn": moved(candidate)}}}
+                yield {"invariance": {name: {"fp32": moved(baseline), f"{shown} rtn": moved(candidate)}}}
 
 
 def _faster(baseline: Model, candidate: Model, batch: int) -> dict[str, Any]:

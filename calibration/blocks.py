@@ -1,8 +1,9 @@
 """A weight in blocks: codes of 4 or 8 bits, and for each block one scale and, in an asymmetric scheme, one zero point.
 
 A weight is [K,N], as in MatMul(x [..,K], W [K,N]). Blocks run along K: rows g * block to (g + 1) * block of a column are one block;
-where K is no multiple of the block, the last one is shorter. A code c stands for (c - zero) * scale, the arithmetic of ONNX's
-blocked DequantizeLinear. How codes are found is in rounding.py, hqq.py and gptq.py; how engines want them packed, in packing.py.
+where K is no multiple of the block, the last one is shorter. A block may be the whole column. A code c stands for
+(c - zero) * scale, the arithmetic of ONNX's DequantizeLinear. How codes are found is in rounding.py, hqq.py and gptq.py; how engines
+want them packed, in packing.py.
 """
 
 from collections.abc import Iterator
@@ -19,21 +20,21 @@ Codes = NDArray[np.int8] | NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockScheme:
-    """Bits of a code, rows in a block, and whether zero is the middle of every block.
+    """Bits of a code, rows in a block (None: all of them), and whether zero is the middle of every block.
 
     A symmetric scheme has signed codes and no zero points, the one kind that every engine reads: TensorRT takes no zero point but 0.
     An asymmetric one has unsigned codes and fits blocks whose values lean to one side.
     """
 
     bits: int = 8
-    block: int = 64
+    block: int | None = 64
     symmetric: bool = True
 
     def __post_init__(self) -> None:
         problems = []
         if self.bits not in (4, 8):
             problems.append(f"bits: expected 4 or 8, got {self.bits}")
-        if self.block not in (16, 32, 64, 128, 256):
+        if self.block not in (None, 16, 32, 64, 128, 256):
             problems.append(f"block: expected 16, 32, 64, 128 or 256 rows, got {self.block}")
         if problems:
             raise UsageError(explain("this scheme of weights does not exist:", problems))
@@ -50,11 +51,12 @@ class BlockScheme:
 
     def spans(self, rows: int) -> Iterator[slice]:
         """The rows of each block of a weight [rows,N]."""
-        return (slice(start, min(start + self.block, rows)) for start in range(0, rows, self.block))
+        block = self.block or rows
+        return (slice(start, min(start + block, rows)) for start in range(0, rows, block))
 
     def count(self, rows: int) -> int:
         """Blocks in a column of ``rows`` values."""
-        return -(-rows // self.block)
+        return 1 if self.block is None else -(-rows // self.block)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """Blocks as the operators that compute with them want their inputs.
 
 Three arrangements, all standing for exactly what ``blocks.dequantize`` gives:
-- DequantizeLinear with a block_size, standard ONNX, the form of the neutral graph: codes int8, uint8, int4 or uint4 of the weight's
-shape;
+- DequantizeLinear, standard ONNX, the form of the neutral graph: codes int8, uint8, int4 or uint4 of the weight's shape, with a
+block_size, or one scale for each column where the block is all of it;
 - com.microsoft MatMulNBits: codes uint8 [N,blocks,bytes], column by column, 4-bit codes in pairs, the first in the low half of a byte;
 - com.microsoft GatherBlockQuantized: the same bytes as rows [N,blocks * bytes], for the table that an embedding and a head share.
 
@@ -45,19 +45,26 @@ class Packed:
 
 
 def for_dequantize_linear(blocks: Blocks) -> Packed:
-    """Inputs of a DequantizeLinear that gives the weight [K,N]: codes [K,N], scales and zeros [blocks,N], axis 0."""
+    """Inputs of a DequantizeLinear that gives the weight [K,N]: codes [K,N]; scales and zeros [blocks,N], axis 0, or [N], axis 1."""
     return _standard(blocks, axis=0)
 
 
 def for_dequantized_table(blocks: Blocks) -> Packed:
-    """Inputs of a DequantizeLinear that gives the table [N,K], the weight transposed: codes [N,K], the others [N,blocks], axis 1."""
+    """Inputs of a DequantizeLinear that gives the table [N,K], the weight transposed: codes [N,K]; the others [N,blocks], axis 1, or
+    [N], axis 0."""
     return _standard(blocks, axis=1)
 
 
 def from_dequantize_linear(
-    codes: ir.TensorProtocol, scales: ir.TensorProtocol, zeros: ir.TensorProtocol | None, *, axis: int, block_size: int
+    codes: ir.TensorProtocol,
+    scales: ir.TensorProtocol,
+    zeros: ir.TensorProtocol | None,
+    *,
+    axis: int,
+    block_size: int | None,
 ) -> Blocks:
-    """The blocks [K,N] whose inputs of a DequantizeLinear these are; the inverse of both functions above.
+    """The blocks [K,N] whose inputs of a DequantizeLinear these are, whole columns where there is no block_size; the inverse of both
+    functions above.
 
     UsageError where they are in no scheme: codes of another type, signed codes with zero points, blocks of another size.
     """
@@ -69,13 +76,22 @@ def from_dequantize_linear(
             f"{codes.dtype.name} {'without' if zeros is None else 'with'} zero points; leave its DequantizeLinear as it is"
         )
     scheme = BlockScheme(bits=bits, block=block_size, symmetric=symmetric)
-    turned = _rows_first if axis % 2 == 0 else _columns_first
+    turned = _columns_first if is_table(axis, block_size) else _rows_first
     values = turned(codes.numpy().astype(np.int8 if symmetric else np.uint8))
-    steps = turned(scales.numpy().astype(np.float32))
+
+    def grid(array: NDArray[Any]) -> NDArray[Any]:
+        return array[None] if block_size is None else turned(array)
+
+    steps = grid(scales.numpy().astype(np.float32))
     if symmetric:
         return Blocks(values, steps, None, scheme)
-    offsets = np.zeros(steps.shape, np.uint8) if zeros is None else turned(zeros.numpy().astype(np.uint8))
+    offsets = np.zeros(steps.shape, np.uint8) if zeros is None else grid(zeros.numpy().astype(np.uint8))
     return Blocks(values, steps, offsets, scheme)
+
+
+def is_table(axis: int, block_size: int | None) -> bool:
+    """Whether a DequantizeLinear with these attributes gives a table [N,K], not a weight [K,N]."""
+    return axis % 2 == (0 if block_size is None else 1)
 
 
 def for_matmul_nbits(blocks: Blocks) -> Packed:
@@ -87,8 +103,9 @@ def for_matmul_nbits(blocks: Blocks) -> Packed:
     """
     rows, columns = blocks.codes.shape
     scheme = blocks.scheme
-    codes = _column_bytes(blocks).reshape(columns, scheme.count(rows), scheme.block * scheme.bits // 8)
-    attributes = {"K": rows, "N": columns, "bits": scheme.bits, "block_size": scheme.block}
+    block = _bounded(scheme)
+    codes = _column_bytes(blocks).reshape(columns, scheme.count(rows), block * scheme.bits // 8)
+    attributes = {"K": rows, "N": columns, "bits": scheme.bits, "block_size": block}
     return Packed(ir.Tensor(codes), *_column_grids(blocks), attributes)
 
 
@@ -98,7 +115,7 @@ def for_gather(blocks: Blocks) -> Packed:
     Where K is no multiple of the block, a row comes out with zeros behind it, blocks * block numbers long: cut it to K.
     """
     scheme = blocks.scheme
-    attributes = {"bits": scheme.bits, "block_size": scheme.block, "gather_axis": 0, "quantize_axis": 1}
+    attributes = {"bits": scheme.bits, "block_size": _bounded(scheme), "gather_axis": 0, "quantize_axis": 1}
     return Packed(ir.Tensor(_column_bytes(blocks)), *_column_grids(blocks), attributes)
 
 
@@ -106,16 +123,26 @@ def _standard(blocks: Blocks, axis: int) -> Packed:
     scheme = blocks.scheme
     dtype = (_SIGNED if scheme.symmetric else _UNSIGNED)[scheme.bits]
     turned = _rows_first if axis == 0 else _columns_first
+    codes = ir.Tensor(turned(blocks.codes), dtype=dtype)
+    if scheme.block is None:
+        whole = None if blocks.zeros is None else ir.Tensor(blocks.zeros[0], dtype=dtype)
+        return Packed(codes, ir.Tensor(blocks.scales[0]), whole, {"axis": 1 - axis})
     zeros = None if blocks.zeros is None else ir.Tensor(turned(blocks.zeros), dtype=dtype)
-    attributes = {"axis": axis, "block_size": scheme.block}
-    return Packed(ir.Tensor(turned(blocks.codes), dtype=dtype), ir.Tensor(turned(blocks.scales)), zeros, attributes)
+    return Packed(codes, ir.Tensor(turned(blocks.scales)), zeros, {"axis": axis, "block_size": scheme.block})
+
+
+def _bounded(scheme: BlockScheme) -> int:
+    """Rows in a block, for operators that take no whole columns."""
+    if scheme.block is None:
+        raise UsageError("expected blocks of 16 to 256 rows for products in blocks, got whole columns")
+    return scheme.block
 
 
 def _column_bytes(blocks: Blocks) -> NDArray[np.uint8]:
     """Unsigned codes [N,blocks * block * bits / 8], each column's one behind the other."""
     scheme = blocks.scheme
     rows, columns = blocks.codes.shape
-    padded = np.empty((columns, scheme.count(rows) * scheme.block), np.uint8)
+    padded = np.empty((columns, scheme.count(rows) * _bounded(scheme)), np.uint8)
     if blocks.zeros is None:
         middle = 2 ** (scheme.bits - 1)
         padded[:, :rows] = blocks.codes.T.view(np.uint8) + np.uint8(middle)  # modulo 256, so that -8 becomes 0

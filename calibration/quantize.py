@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from txopt.calibration import packing
 from txopt.calibration.blocks import Blocks, dequantize
 from txopt.calibration.linears import Role, reads
 from txopt.calibration.packing import Packed, for_dequantize_linear, for_dequantized_table, from_dequantize_linear
@@ -40,9 +41,16 @@ def found(graph: ir.Graph) -> dict[ir.Node, Blocks]:
 
 
 def is_weight(node: ir.Node) -> bool:
-    """Whether ``node`` dequantizes blocks of a weight."""
-    constant = all(value is None or value.const_value is not None for value in node.inputs)
-    return node.op_type == "DequantizeLinear" and "block_size" in node.attributes and constant
+    """Whether ``node`` dequantizes blocks of a weight, or whole columns of it."""
+    constants = [None if value is None else value.const_value for value in node.inputs]
+    if node.op_type != "DequantizeLinear" or constants[0] is None or len(constants[0].shape) != 2:
+        return False
+    return constants[1] is not None and len(constants[1].shape) > 0
+
+
+def is_table(node: ir.Node) -> bool:
+    """Whether what a DequantizeLinear of ``put`` gives is a table [V,M]."""
+    return packing.is_table(node.attributes["axis"].as_int(), _block_size(node))
 
 
 def blocks_of(node: ir.Node) -> Blocks:
@@ -51,8 +59,8 @@ def blocks_of(node: ir.Node) -> Blocks:
     assert codes is not None, "is_weight"
     assert scales is not None, "is_weight"
     zeros = rest[0] if rest else None
-    axis, size = (node.attributes[name].as_int() for name in ("axis", "block_size"))
-    return from_dequantize_linear(codes, scales, zeros, axis=axis, block_size=size)
+    axis = node.attributes["axis"].as_int()
+    return from_dequantize_linear(codes, scales, zeros, axis=axis, block_size=_block_size(node))
 
 
 def unfold(graph: ir.Graph) -> None:
@@ -62,7 +70,7 @@ def unfold(graph: ir.Graph) -> None:
     """
     for node in [node for node in graph if is_weight(node)]:
         value, blocks = node.outputs[0], blocks_of(node)
-        weight = _Floats(blocks, str(value.name), table=node.attributes["axis"].as_int() == 1).value()
+        weight = _Floats(blocks, str(value.name), table=is_table(node)).value()
         graph.initializers[str(weight.name)] = weight
         value.replace_all_uses_with(weight)
         remove(graph, node)
@@ -104,6 +112,11 @@ class _Floats:
     def _tensor(self) -> "ir.Tensor[Any]":
         weight = dequantize(self.blocks)
         return ir.Tensor(np.ascontiguousarray(weight.T) if self.table else weight, name=self.name)
+
+
+def _block_size(node: ir.Node) -> int | None:
+    """Rows in a block of a DequantizeLinear of ``put``; None: whole columns."""
+    return node.attributes["block_size"].as_int() if "block_size" in node.attributes else None
 
 
 def _dequantize(graph: ir.Graph, weight: ir.Value, packed: Packed) -> ir.Node:

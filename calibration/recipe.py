@@ -25,6 +25,7 @@ SCHEMES = {
     "int4": BlockScheme(bits=4, block=32, symmetric=False),
 }
 METHODS = {"int8": Method.RTN, "int4": Method.GPTQ}
+COLUMNS = BlockScheme(bits=8, block=None)  # the scheme of ROWS
 
 Moments = Mapping[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -34,6 +35,7 @@ class Scheme(StrEnum):
     """What is known beforehand."""
 
     WEIGHTS = "weights"  # weights in blocks; activations are rounded as they come, row by row and block by block
+    ROWS = "rows"  # weights in whole columns; activations are rounded as they come, row by row
     STATIC = "static"  # one scale for every activation too: pairs of QuantizeLinear and DequantizeLinear
 
 
@@ -59,11 +61,21 @@ class Recipe:
         scheme = SCHEMES[precision] if block is None else replace(SCHEMES[precision], block=block)
         return cls(scheme=scheme, method=METHODS[precision] if method is None else Method(method))
 
+    @classmethod
+    def of_columns(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "Recipe":
+        """The recipe of "int8" in whole columns; errors as ``of``, and UsageError for a block or another precision."""
+        if precision != "int8" or block is not None:
+            raise UsageError(
+                f"scheme rows: expected int8 without blocks, got {precision}"
+                + ("" if block is None else f" in blocks of {block}")
+            )
+        return replace(cls.of(precision, method=method), scheme=COLUMNS)
+
     def scheme_of(self, name: str) -> BlockScheme | None:
         """The scheme of the weight ``name``; None: it stays in float."""
         if name not in self.finer:
             return self.scheme
-        return SCHEMES["int8"] if self.scheme.bits < SCHEMES["int8"].bits else None
+        return SCHEMES["int8"] if self.scheme.bits < 8 or self.scheme.block is None else None
 
     @property
     def looks_at_data(self) -> bool:
@@ -118,8 +130,10 @@ def recipe_of(
     """
     if scheme not in tuple(Scheme):
         raise UsageError(f"scheme: expected one of {', '.join(Scheme)}, got {scheme!r}")
-    kind = StaticRecipe if scheme == Scheme.STATIC else Recipe
-    return kind.of(precision, method=method, block=block)
+    if scheme == Scheme.STATIC:
+        return StaticRecipe.of(precision, method=method, block=block)
+    of = Recipe.of_columns if scheme == Scheme.ROWS else Recipe.of
+    return of(precision, method=method, block=block)
 
 
 def rounded(model: ir.Model, recipe: Recipe, moments: Moments) -> dict[str, Blocks]:

@@ -108,7 +108,7 @@ def attempt(
     around = _around(artifact, models, blocks, directory)
     manifest, verdict = finish(ground, models, writer, report)
     calibration = {
-        "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": "int8 by row and block"},
+        "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": _activations(recipe)},
         "weights": {name: _counted(mine) for name, mine in blocks.items()},
         "finer": [_finer(each, recipe) for each in found if each.name in recipe.finer],
         "data": ground.calibrated.to_json(),
@@ -149,10 +149,16 @@ def clear(directory: Path) -> None:
         file.unlink()
 
 
+def _activations(recipe: Recipe) -> str:
+    return "int8 by row" if recipe.scheme.block is None else "int8 by row and block"
+
+
 def _finer(found: Sensitivity, recipe: Recipe) -> dict[str, Any]:
     """A weight of a finer scheme, and why: what rounding it alone as the others did to the model."""
     scheme = recipe.scheme_of(found.name)
-    kept = "float32" if scheme is None else f"{scheme.bits} bits in blocks of {scheme.block}"
+    kept = (
+        "float32" if scheme is None else f"{scheme.bits} bits in blocks of {scheme.block}"
+    )  # nothing finer has whole columns
     return {"graph": found.graph, "weight": found.name, "as": kept, "divergence_nats": float(f"{found.nats:.3g}")}
 
 

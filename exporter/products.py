@@ -1,11 +1,12 @@
-"""Proof of a lowering: every product with integers, and every lookup in them, alone in the engine, against rounded weights in float32.
+"""Proof of a lowering: every product with integers, and every lookup in them, alone in the engine, against rounded weights.
 
 Shows that codes, scales and zero points lie where the operator looks for them, to float32's rounding, whatever the activations are
-rounded to when the graph runs as a whole. It judges neither the rounding nor the graph around the products.
+rounded to when the graph runs as a whole. It judges neither the rounding nor the graph around the products. Products in blocks
+are computed with activations in float32 for it; those of whole columns with integers, as always (row_products.py).
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from txopt.calibration.blocks import Blocks, dequantize
+from txopt.exporter import row_products
+from txopt.exporter.lowering import rows
 from txopt.exporter.lowering.blocks import CONTRIB, weight_of
 from txopt.runtime.backends.ort import Runner
 from txopt.runtime.errors import ParityError, explain
@@ -37,7 +40,7 @@ class Products:
 
 
 def prove(models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]]) -> Products:
-    """Runs each MatMulNBits of the lowered ``models`` on rows drawn at random, each GatherBlockQuantized on all rows of its table.
+    """Runs each product with integers of the lowered ``models`` on rows drawn at random, each lookup on all rows of its table.
 
     Args:
         models: by graph.
@@ -50,10 +53,9 @@ def prove(models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Bloc
     errors: dict[str, float] = {}
     for graph, model in models.items():
         for node in model.graph:
-            if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            if node.op_type in _ERRORS:
                 weight = dequantize(blocks[graph][weight_of(node)])
-                error = _error(node, weight, drawn) if node.op_type == "MatMulNBits" else _error_of_rows(node, weight)
-                errors[f"{graph}: {node.name}"] = error
+                errors[f"{graph}: {node.name}"] = _ERRORS[node.op_type](node, weight, drawn)
     wrong = [f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
     if wrong:
         title = f"integers do not stand for the weights that they were made of (allowed {TOLERANCE:.0e}); a defect of txopt:"
@@ -62,19 +64,26 @@ def prove(models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Bloc
 
 
 def _error(node: ir.Node, weight: NDArray[np.float32], drawn: np.random.Generator) -> float:
-    rows = drawn.standard_normal((_ROWS, len(weight))).astype(np.float32)
+    given = drawn.standard_normal((_ROWS, len(weight))).astype(np.float32)
     bias = node.inputs[5] if len(node.inputs) > 5 else None
     added = 0 if bias is None else _constant(bias)
     attributes = {**node.attributes, "accuracy_level": ir.AttrInt64("accuracy_level", 0)}
-    got = _run(node, attributes, 0, rows)
-    exact = rows.astype(np.float64) @ weight + added
-    return float((np.abs(got - exact) / (np.abs(rows) @ np.abs(weight) + np.abs(added) + 1e-30)).max())
+    got = _run(node, attributes, 0, given)
+    exact = given.astype(np.float64) @ weight + added
+    return float((np.abs(got - exact) / (np.abs(given) @ np.abs(weight) + np.abs(added) + 1e-30)).max())
 
 
-def _error_of_rows(node: ir.Node, weight: NDArray[np.float32]) -> float:
+def _error_of_rows(node: ir.Node, weight: NDArray[np.float32], drawn: np.random.Generator) -> float:
     """Of a lookup in the table [N,K] whose transpose ``weight`` is; a last block that is filled up reaches beyond K."""
     got = _run(node, node.attributes, 1, np.arange(weight.shape[1]))[:, : len(weight)]
     return float(np.abs(got - weight.T).max() / (np.abs(weight).max() + 1e-30))
+
+
+_ERRORS: dict[str, Callable[[ir.Node, NDArray[np.float32], np.random.Generator], float]] = {
+    "MatMulNBits": _error,
+    "GatherBlockQuantized": _error_of_rows,
+    rows.PRODUCT: row_products.error,
+}
 
 
 def _run(node: ir.Node, attributes: Mapping[str, ir.Attr], place: int, given: NDArray[Any]) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from txopt.calibration.blocks import Blocks
 from txopt.calibration.packing import Packed, for_gather, for_matmul_nbits
-from txopt.calibration.quantize import blocks_of, constant, is_weight, remove
+from txopt.calibration.quantize import blocks_of, constant, is_table, is_weight, remove
 from txopt.exporter.graph import integers
 
 CONTRIB = "com.microsoft"
@@ -19,16 +19,19 @@ ACCURACY = 4  # int8 activations; 0 would leave them in float32, some twenty tim
 def lower_blocks(model: ir.Model) -> None:
     """Changes ``model`` in place; a DequantizeLinear whose readers are something else stays, for ONNX Runtime has a kernel for it."""
     graph = model.graph
-    for node in [node for node in graph if is_weight(node)]:
+    for node in [node for node in graph if is_weight(node) and "block_size" in node.attributes]:
         _Weight(graph, node).lower()
     if any(node.domain == CONTRIB for node in graph):
         model.opset_imports[CONTRIB] = 1
 
 
 def weight_of(node: ir.Node) -> str:
-    """The name of the weight that ``node``, an operator of ``lower_blocks``, reads."""
-    codes = node.inputs[1 if node.op_type == "MatMulNBits" else 0]
+    """The name of the weight that ``node``, an operator of ``lower_blocks`` or a product of ``lower_rows``, reads."""
+    codes = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
     assert codes is not None, "such an operator has codes"
+    turned = codes.producer()  # a head's Transpose
+    codes = codes if turned is None else turned.inputs[0]
+    assert codes is not None, "a Transpose has an input"
     return str(codes.name).rpartition("/")[0]
 
 
@@ -40,7 +43,7 @@ class _Weight:
         self._value = node.outputs[0]
         self._name = str(self._value.name).removesuffix("/rounded")
         self._blocks: Blocks = blocks_of(node)
-        self._table = node.attributes["axis"].as_int() == 1
+        self._table = is_table(node)
 
     def lower(self) -> None:
         for user, index in list(self._value.uses()):
@@ -75,7 +78,7 @@ class _Weight:
         inputs = [codes, node.inputs[1], *grids]
         new = ir.node("GatherBlockQuantized", inputs, attributes=packed.attributes, domain=CONTRIB, name=node.name)
         width = len(self._blocks.codes)
-        if width % self._blocks.scheme.block == 0:
+        if width % new.attributes["block_size"].as_int() == 0:
             self._replace(node, new)
             return
         bounds = [integers(self._graph, [number]) for number in (0, width, -1)]

@@ -10,11 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from txopt.calibration.blocks import Blocks, dequantize
+from txopt.exporter.lowering import rows
 from txopt.exporter.lowering.blocks import weight_of
 
 
 def raise_blocks(model: ir.Model, blocks: Mapping[str, Blocks]) -> None:
-    """MatMulNBits becomes MatMul and Add, GatherBlockQuantized Gather; changes ``model`` in place. ``blocks`` [K,N] by weight."""
+    """Products with integers become MatMul and Add, GatherBlockQuantized Gather; changes ``model`` in place.
+
+    ``blocks`` [K,N] are the weights by name.
+    """
     for node in [node for node in model.graph if node.op_type in ("MatMulNBits", "GatherBlockQuantized")]:
         weight = dequantize(blocks[weight_of(node)])
         if node.op_type == "MatMulNBits":
@@ -24,11 +28,22 @@ def raise_blocks(model: ir.Model, blocks: Mapping[str, Blocks]) -> None:
         else:
             table = _stored(model.graph, f"{node.name}/float", np.ascontiguousarray(weight.T))
             made = [ir.node("Gather", [table, node.inputs[1]])]
-        result = made[-1].outputs[0]
-        result.name, result.shape, result.type = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type
-        model.graph.insert_before(node, made)
-        node.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
+        _replace(model.graph, node, made)
+    for node in [node for node in model.graph if node.op_type == rows.PRODUCT]:
+        (scaled,) = node.outputs[0].consumers()
+        table = _stored(model.graph, f"{node.name}/float", dequantize(blocks[weight_of(node)]))
+        made = [ir.node("MatMul", [rows.activations_of(node), table])]
+        _replace(model.graph, scaled, made)
         model.graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
+    """What the last one ``made`` gives takes the place of what ``node`` gave."""
+    result, old = made[-1].outputs[0], node.outputs[0]
+    result.name, result.shape, result.type = old.name, old.shape, old.type
+    graph.insert_before(node, made)
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _stored(graph: ir.Graph, name: str, weight: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]") -> ir.Value:

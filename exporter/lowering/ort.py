@@ -5,6 +5,7 @@ import onnx_ir as ir
 from txopt.exporter.graph import integers
 from txopt.exporter.lowering.blocks import lower_blocks
 from txopt.exporter.lowering.heads import join_heads
+from txopt.exporter.lowering.rows import lower_rows
 from txopt.exporter.lowering.storage import store
 from txopt.runtime.manifest import QUANTIZED
 
@@ -16,12 +17,13 @@ def lower(model: ir.Model, precision: str) -> None:
 
 
 def lower_for_cpu(model: ir.Model, precision: str) -> None:
-    """``lower``; then the CPU provider's own operators for blocks of integers, and constants in two bytes where that is enough."""
+    """``lower``; then the CPU provider's own operators for products with integers, and constants in two bytes where that is enough."""
     lower(model, precision)
     if precision == "bf16":
         store(model.graph, ir.DataType.BFLOAT16)
     if precision in QUANTIZED:
         lower_blocks(model)
+        lower_rows(model)
         store(model.graph, ir.DataType.FLOAT16)
 
 

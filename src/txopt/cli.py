@@ -98,7 +98,9 @@ def quantize(
     metric: Metric = None,
     scheme: Annotated[
         str,
-        typer.Option(help="weights (in blocks), or static (int8: one scale for each activation, found on the data)"),
+        typer.Option(
+            help="weights (in blocks), rows (int8 for batches), or static (int8: one scale for each activation, found on the data)"
+        ),
     ] = "weights",
     method: Method = None,
     block: Annotated[int | None, typer.Option(help="rows of a weight that share a scale: 16 to 256")] = None,

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from txopt.calibration.quantize import put
-from txopt.calibration.recipe import Recipe, rounded
+from txopt.calibration.recipe import Recipe, recipe_of, rounded
 from txopt.exporter import weights
 from txopt.exporter.lowering import LOWERINGS
 from txopt.runtime.artifact import Artifact
@@ -33,13 +33,14 @@ def quantized(
     artifacts: Callable[[str], Artifact], g2p: Artifact, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Model]:
     """An artifact rounded and lowered, nothing proved: random weights make more of a rounded activation than parity allows."""
-    made: dict[tuple[str, str, int | None], Artifact] = {}
+    made: dict[tuple[str, str, int | None, str], Artifact] = {}
 
-    def make(name: str, precision: str, block: int | None = None) -> Model:
-        key = name, precision, block
+    def make(name: str, precision: str, block: int | None = None, scheme: str = "weights") -> Model:
+        key = name, precision, block, scheme
         if key not in made:
             source = g2p if name == "g2p" else artifacts(name)
-            recipe = Recipe.of(precision, method="rtn", block=block)
+            recipe = recipe_of(scheme, precision, method="rtn", block=block)
+            assert isinstance(recipe, Recipe)
             models = {graph: ir.load(source.file(spec.file)) for graph, spec in source.manifest.graphs.items()}
             for model in models.values():
                 put(model.graph, rounded(model, recipe, {}))
@@ -90,10 +91,10 @@ def differences(model: Model) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(("precision", "scheme"), [("int8", "weights"), ("int4", "weights"), ("int8", "rows")])
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_equal_to_the_bit(name: str, precision: str, quantized: Callable[..., Model]) -> None:
-    assert differences(quantized(name, precision)) == []
+def test_logits_are_equal_to_the_bit(name: str, precision: str, scheme: str, quantized: Callable[..., Model]) -> None:
+    assert differences(quantized(name, precision, scheme=scheme)) == []
 
 
 @pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 3}], ids=["greedy", "beams"])

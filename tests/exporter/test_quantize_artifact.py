@@ -121,6 +121,26 @@ def test_it_is_smaller_and_holds_what_the_original_held(int8: Artifact, g2p: Art
     assert after < 0.3 * before  # positions and norms are a larger share of so small a model
 
 
+def test_activations_can_be_rounded_row_by_row(int8: Artifact, g2p: Artifact, words: Path, tmp_path: Path) -> None:
+    options = Options(scheme="rows", calibration=words, metric="word-error")
+    made = quantize_artifact(g2p.path, tmp_path / "rows", options)
+    found = made.manifest.calibration or {}
+    assert found["scheme"] == {
+        "bits": 8,
+        "block": None,
+        "symmetric": True,
+        "method": "rtn",
+        "activations": "int8 by row",
+    }
+    assert found["products"]["count"] > 0
+    assert found["graphs"]["largest_error"] <= found["graphs"]["tolerance"]
+    assert txopt.verify(made.path).invariance == {"padding": 0.0, "batch": 0.0}
+    rows, blocks = (artifact.manifest.files["weights.data"].size for artifact in (made, int8))
+    assert rows < blocks
+    said = [txopt.load(artifact.path).pipeline("text")(list(WORDS)) for artifact in (made, int8)]
+    assert sum(one == other for one, other in zip(*said, strict=True)) >= len(WORDS) - 1
+
+
 def test_equal_roads_end_in_equal_bytes(int8: Artifact, g2p: Artifact, words: Path, tmp_path: Path) -> None:
     again = quantize_artifact(g2p.path, tmp_path / "out", Options(calibration=words, metric="word-error"))
     assert {name: entry.sha256 for name, entry in again.manifest.files.items()} == {
@@ -276,6 +296,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[TxoptError], str]] = {
     "no such method": ({"method": "guess"}, UsageError, "method: expected one of"),
     "no such metric": ({"metric": "taste"}, UsageError, "expected a metric"),
     "no such block": ({"block": 48}, UsageError, "block: expected 16"),
+    "blocks in whole columns": (
+        {"scheme": "rows", "block": 64},
+        UsageError,
+        "scheme rows: expected int8 without blocks",
+    ),
+    "whole columns of 4 bits": ({"scheme": "rows", "precision": "int4"}, UsageError, "scheme rows: expected int8"),
     "a limit below zero": ({"max_loss": -1}, UsageError, "--max-loss"),
     "no number as a limit": ({"max_loss": float("nan")}, UsageError, "--max-loss"),
     "no such file": ({"calibration": "nowhere.csv"}, InputError, "nowhere.csv"),
