@@ -52,8 +52,8 @@ class Variant:
 
 VARIANTS = (
     Variant(scheme="int8", method=Method.RTN, options=BLIND),  # other methods have nothing left to win at 8 bits
+    Variant(scheme="int8", method=Method.RTN, note="mixed", options={**BLIND, "scheme": "mixed"}),
     Variant(scheme="int8", method=Method.RTN, note="rows", options={**BLIND, "scheme": "rows"}),
-    Variant(scheme="int8", method=Method.GPTQ, note="rows", options={"scheme": "rows"}),
     Variant(scheme="int4", method=Method.RTN, options=BLIND),
     Variant(scheme="int4", method=Method.HQQ, options=BLIND),
     Variant(scheme="int4", method=Method.CLIP),

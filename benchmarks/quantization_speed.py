@@ -19,7 +19,7 @@ from txopt.exporter.quantize import Options, quantize_artifact
 from txopt.runtime.model import Model
 
 MODELS = ("t5-small", "marian")
-SCHEMES = {"int8": ("weights", "rows"), "int4": ("weights",)}  # by precision
+SCHEMES = {"int8": ("weights", "mixed", "rows"), "int4": ("weights",)}  # by precision
 BATCHES, SOURCE_LENGTH, NEW_TOKENS, REPEATS = (1, 8), 64, 64, 5
 LENGTHS = (
     64,

@@ -36,15 +36,20 @@ class Scheme(StrEnum):
 
     WEIGHTS = "weights"  # weights in blocks; activations are rounded as they come, row by row and block by block
     ROWS = "rows"  # weights in whole columns; activations are rounded as they come, row by row
+    MIXED = "mixed"  # the encoder's linear layers by rows, of which it sees many at once, and the rest in blocks
     STATIC = "static"  # one scale for every activation too: pairs of QuantizeLinear and DequantizeLinear
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A scheme and a method for all weights, and the weights, by name, that lose too much by it: they get the next finer one."""
+    """A scheme and a method for all weights, and the weights, by name, that lose too much by it: they get the next finer one.
+
+    ``encoder`` is the scheme of the encoder's linear layers, where that is another.
+    """
 
     scheme: BlockScheme
     method: Method
+    encoder: BlockScheme | None = None
     finer: frozenset[str] = frozenset()
 
     @classmethod
@@ -62,20 +67,27 @@ class Recipe:
         return cls(scheme=scheme, method=METHODS[precision] if method is None else Method(method))
 
     @classmethod
-    def of_columns(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "Recipe":
-        """The recipe of "int8" in whole columns; errors as ``of``, and UsageError for a block or another precision."""
-        if precision != "int8" or block is not None:
+    def by_rows(cls, precision: str, *, mixed: bool, method: str | None = None, block: int | None = None) -> "Recipe":
+        """The recipe of "int8" in whole columns, or in such for the encoder alone (``mixed``).
+
+        Raises:
+            UsageError: as ``of``, and for another precision, or blocks where there are none.
+        """
+        if precision != "int8" or (block is not None and not mixed):
             raise UsageError(
-                f"scheme rows: expected int8 without blocks, got {precision}"
+                f"scheme {Scheme.MIXED if mixed else Scheme.ROWS}: expected int8{'' if mixed else ' without blocks'}, got {precision}"
                 + ("" if block is None else f" in blocks of {block}")
             )
-        return replace(cls.of(precision, method=method), scheme=COLUMNS)
+        blocks = cls.of(precision, method=method, block=block)
+        return replace(blocks, encoder=COLUMNS) if mixed else replace(blocks, scheme=COLUMNS)
 
-    def scheme_of(self, name: str) -> BlockScheme | None:
-        """The scheme of the weight ``name``; None: it stays in float."""
+    def scheme_of(self, name: str, *, graph: str, role: Role = Role.LINEAR) -> BlockScheme | None:
+        """The scheme of the weight ``name`` as ``graph`` reads it; None: it stays in float."""
+        linear = graph == "encoder" and role is Role.LINEAR
+        scheme = self.encoder if linear and self.encoder is not None else self.scheme
         if name not in self.finer:
-            return self.scheme
-        return SCHEMES["int8"] if self.scheme.bits < 8 or self.scheme.block is None else None
+            return scheme
+        return SCHEMES["int8"] if scheme.bits < SCHEMES["int8"].bits or scheme.block is None else None
 
     @property
     def looks_at_data(self) -> bool:
@@ -132,18 +144,19 @@ def recipe_of(
         raise UsageError(f"scheme: expected one of {', '.join(Scheme)}, got {scheme!r}")
     if scheme == Scheme.STATIC:
         return StaticRecipe.of(precision, method=method, block=block)
-    of = Recipe.of_columns if scheme == Scheme.ROWS else Recipe.of
-    return of(precision, method=method, block=block)
+    if scheme == Scheme.WEIGHTS:
+        return Recipe.of(precision, method=method, block=block)
+    return Recipe.by_rows(precision, mixed=scheme == Scheme.MIXED, method=method, block=block)
 
 
-def rounded(model: ir.Model, recipe: Recipe, moments: Moments) -> dict[str, Blocks]:
-    """Blocks of every weight of ``model`` that is rounded, by name; ``moments`` [K,K] of products' inputs by the input's name.
+def rounded(model: ir.Model, recipe: Recipe, moments: Moments, *, graph: str) -> dict[str, Blocks]:
+    """Blocks of every weight of ``model``, the graph of that name, that is rounded; ``moments`` [K,K] of products' inputs by name.
 
     A table has the same codes in every graph that reads it, so that it is stored once: it is rounded without looking at data.
     """
     found: dict[str, Blocks] = {}
     for read in reads(model.graph):
-        tensor, scheme = read.weight.const_value, recipe.scheme_of(read.name)
+        tensor, scheme = read.weight.const_value, recipe.scheme_of(read.name, graph=graph, role=read.role)
         if tensor is None or scheme is None or read.name in found:
             continue
         if read.role is Role.LINEAR and read.activations is not None:

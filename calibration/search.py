@@ -24,7 +24,7 @@ def attempts(recipe: Recipe, found: Sequence[Sensitivity]) -> Iterator[Recipe]:
         count = max(1, round(share * len(found)))
         if count > tried:
             made = replace(recipe, finer=recipe.finer | {each.name for each in found[:count]})
-            if not any(made.scheme_of(each.name) for each in found):
+            if not any(made.scheme_of(each.name, graph=each.graph) for each in found):
                 return
             yield made
             tried = count

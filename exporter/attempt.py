@@ -94,7 +94,7 @@ def attempt(
     clear(directory)
     report("quantize")
     models = graphs_of(artifact)
-    blocks = {name: rounded(model, recipe, ground.moments.get(name, {})) for name, model in models.items()}
+    blocks = {name: rounded(model, recipe, ground.moments.get(name, {}), graph=name) for name, model in models.items()}
     for name, model in models.items():
         put(model.graph, blocks[name])
     report("pack")
@@ -108,9 +108,9 @@ def attempt(
     around = _around(artifact, models, blocks, directory)
     manifest, verdict = finish(ground, models, writer, report)
     calibration = {
-        "scheme": {**vars(recipe.scheme), "method": str(recipe.method), "activations": _activations(recipe)},
+        "scheme": _scheme(recipe),
         "weights": {name: _counted(mine) for name, mine in blocks.items()},
-        "finer": [_finer(each, recipe) for each in found if each.name in recipe.finer],
+        "finer": [_finer(each, blocks[each.graph]) for each in found if each.name in recipe.finer],
         "data": ground.calibrated.to_json(),
         "products": proved.to_json(),
         "graphs": {"largest_error": float(f"{around.largest_error:.2e}"), "tolerance": around.tolerance},
@@ -149,16 +149,16 @@ def clear(directory: Path) -> None:
         file.unlink()
 
 
-def _activations(recipe: Recipe) -> str:
-    return "int8 by row" if recipe.scheme.block is None else "int8 by row and block"
+def _scheme(recipe: Recipe) -> dict[str, Any]:
+    encoder = {} if recipe.encoder is None else {"encoder": {**vars(recipe.encoder), "activations": "int8 by row"}}
+    activations = "int8 by row" if recipe.scheme.block is None else "int8 by row and block"
+    return {**vars(recipe.scheme), "method": str(recipe.method), "activations": activations, **encoder}
 
 
-def _finer(found: Sensitivity, recipe: Recipe) -> dict[str, Any]:
+def _finer(found: Sensitivity, blocks: Mapping[str, Blocks]) -> dict[str, Any]:
     """A weight of a finer scheme, and why: what rounding it alone as the others did to the model."""
-    scheme = recipe.scheme_of(found.name)
-    kept = (
-        "float32" if scheme is None else f"{scheme.bits} bits in blocks of {scheme.block}"
-    )  # nothing finer has whole columns
+    scheme = blocks[found.name].scheme if found.name in blocks else None
+    kept = "float32" if scheme is None else f"{scheme.bits} bits in blocks of {scheme.block}"
     return {"graph": found.graph, "weight": found.name, "as": kept, "divergence_nats": float(f"{found.nats:.3g}")}
 
 

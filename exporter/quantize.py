@@ -45,7 +45,7 @@ class Options:
         calibration: see ``calibration.data.read``; None: made up, with a warning.
         max_loss: points of the metric that may be lost; None: measured, not limited.
         metric: its name; None: chosen by what the artifact does.
-        scheme: "weights" (in blocks), "rows" or "static" (recipe.Scheme).
+        scheme: "weights" (in blocks), "rows", "mixed" or "static" (recipe.Scheme).
         method: how codes are found (weights.Method), None: as recipe.METHODS; of the static scheme, how ranges are (amax.METHODS).
         block: rows of a weight with one scale; None: as recipe.SCHEMES.
         limit: most samples that are measured.

@@ -99,7 +99,7 @@ def quantize(
     scheme: Annotated[
         str,
         typer.Option(
-            help="weights (in blocks), rows (int8 for batches), or static (int8: one scale for each activation, found on the data)"
+            help="weights (in blocks); of int8 also rows, mixed (rows in the encoder), static (scales found on the data)"
         ),
     ] = "weights",
     method: Method = None,

@@ -42,8 +42,8 @@ def quantized(
             recipe = recipe_of(scheme, precision, method="rtn", block=block)
             assert isinstance(recipe, Recipe)
             models = {graph: ir.load(source.file(spec.file)) for graph, spec in source.manifest.graphs.items()}
-            for model in models.values():
-                put(model.graph, rounded(model, recipe, {}))
+            for graph, model in models.items():
+                put(model.graph, rounded(model, recipe, {}, graph=graph))
                 LOWERINGS["cpu"](model, precision)
             directory = tmp_path_factory.mktemp("quantized")
             weights.write(models, directory)
@@ -91,7 +91,9 @@ def differences(model: Model) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize(("precision", "scheme"), [("int8", "weights"), ("int4", "weights"), ("int8", "rows")])
+@pytest.mark.parametrize(
+    ("precision", "scheme"), [("int8", "weights"), ("int4", "weights"), ("int8", "rows"), ("int8", "mixed")]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_equal_to_the_bit(name: str, precision: str, scheme: str, quantized: Callable[..., Model]) -> None:
     assert differences(quantized(name, precision, scheme=scheme)) == []

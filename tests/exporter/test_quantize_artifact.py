@@ -141,6 +141,20 @@ def test_activations_can_be_rounded_row_by_row(int8: Artifact, g2p: Artifact, wo
     assert sum(one == other for one, other in zip(*said, strict=True)) >= len(WORDS) - 1
 
 
+def test_the_encoder_can_be_rounded_row_by_row_alone(g2p: Artifact, words: Path, tmp_path: Path) -> None:
+    options = Options(scheme="mixed", calibration=words, metric="word-error")
+    made = quantize_artifact(g2p.path, tmp_path / "mixed", options)
+    found = made.manifest.calibration or {}
+    assert found["scheme"]["block"] == 64
+    assert found["scheme"]["encoder"] == {"bits": 8, "block": None, "symmetric": True, "activations": "int8 by row"}
+    operators = {
+        name: {node.op_type for node in ir.load(made.file(spec.file)).graph}
+        for name, spec in made.manifest.graphs.items()
+    }
+    assert "MatMulIntegerToFloat" in operators["encoder"] - operators["decoder"]
+    assert "MatMulNBits" in operators["decoder"] - operators["encoder"]
+
+
 def test_equal_roads_end_in_equal_bytes(int8: Artifact, g2p: Artifact, words: Path, tmp_path: Path) -> None:
     again = quantize_artifact(g2p.path, tmp_path / "out", Options(calibration=words, metric="word-error"))
     assert {name: entry.sha256 for name, entry in again.manifest.files.items()} == {
@@ -300,6 +314,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[TxoptError], str]] = {
         {"scheme": "rows", "block": 64},
         UsageError,
         "scheme rows: expected int8 without blocks",
+    ),
+    "a mixture of 4 bits": (
+        {"scheme": "mixed", "precision": "int4"},
+        UsageError,
+        "scheme mixed: expected int8, got int4",
     ),
     "whole columns of 4 bits": ({"scheme": "rows", "precision": "int4"}, UsageError, "scheme rows: expected int8"),
     "a limit below zero": ({"max_loss": -1}, UsageError, "--max-loss"),

@@ -97,7 +97,7 @@ def test_a_limit_that_does_not_hold_leaves_nothing(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"scheme": "dynamic"}, "scheme: expected one of weights, rows, static"),
+        ({"scheme": "dynamic"}, "scheme: expected one of weights, rows, mixed, static"),
         ({"scheme": "static", "precision": "int4"}, "precision: expected int8"),
         ({"scheme": "static", "method": "gptq"}, "method: expected one of absmax, percentile, entropy, mse"),
         ({"scheme": "static", "block": 64}, "block: expected none"),
