@@ -254,7 +254,7 @@ class _Rewriter:
         inputs = [pair.past, pair.new, self.add("Expand", self.position, self.length_of(pair.past, 0))]
         node = ir.node("TensorScatter", inputs, attributes={"axis": _PLACES}, name=f"{pair.concat.name}/TensorScatter")
         pair.past.shape = ir.Shape([*pair.past.shape[:_PLACES], self.cache.length, pair.past.shape[3]])
-        replace(self.graph, pair.concat, node)
+        replace(pair.concat, node)
         node.outputs[0].shape, node.outputs[0].type = pair.past.shape, pair.past.type
 
     def mask(self, attention: ir.Node) -> ir.Value:
