@@ -162,6 +162,8 @@ def _misfits(attention: ir.Node, found: Sequence[Pair]) -> Iterator[str]:
     presents = {pair.present for pair in found}
     if [index for index, value in enumerate(attention.inputs) if value in presents] != [1, 2]:
         yield f"{attention.name} reads {_names(attention, presents)} alone; expected its K and its V"
+    if any(attention.graph is not pair.concat.graph for pair in found):
+        yield f"{attention.name} is in a branch or loop"
     if any(value is not None for value in attention.inputs[4:]):
         yield f"{attention.name} has a cache of its own beside {_names(attention, presents)}"
     if any(output.uses() or output.is_graph_output() for output in attention.outputs[1:]):

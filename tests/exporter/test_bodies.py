@@ -124,6 +124,12 @@ FUSED: dict[str, tuple[str, str, str, str]] = {
         "RotaryEmbedding",
         "Loop_4/body/Concat_4",
     ),
+    "a rotation with its tables": (
+        branches(TABLES + ROTATED),
+        X + ", float[1,1,Q,2] angle",
+        "RotaryEmbedding",
+        "If_0/then_branch/Concat_7",
+    ),
     "in a branch of a branch": (
         branches(branches(ATTENTION).replace("z =", "y =")),
         X,
@@ -161,19 +167,32 @@ def test_tables_of_a_rotation_are_made_around_the_loop(tmp_path: Path) -> None:
 
 
 def test_both_branches_are_fused_each_with_a_mask_of_its_own(tmp_path: Path) -> None:
-    """Both have the masks' names, and two blocks each: what is made in one branch is not there in the other."""
-    hidden = ATTENTION.replace("a = Add(m, bias)", "h = Not(keep) f = Where(h, low, m) a = Add(f, bias)").replace(
-        "y =", "w ="
-    )
+    """Two blocks in each that are masked alike: what is joined in one branch is not there in the other."""
+    hidden = ATTENTION.replace("a = Add(m, bias)", "f = Where(keep, m, low) a = Add(f, bias)").replace("y =", "w =")
     second = (
-        "s2 = MatMul(w, kt) m2 = Mul(s2, half) f2 = Where(h, low, m2) a2 = Add(f2, bias) p2 = Softmax<axis=-1>(a2) "
+        " s2 = MatMul(w, kt) m2 = Mul(s2, half) f2 = Where(keep, m2, low) a2 = Add(f2, bias) p2 = Softmax<axis=-1>(a2) "
     )
     second += "y = MatMul(p2, v)"
-    model = proto(branches(hidden + " " + second, hidden + " " + second), X + ", bool[B,1,1,K] keep")
+    model = proto(branches(hidden + second, hidden + second), X + ", bool[B,1,1,K] keep")
     model.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "low"))
     found = optimized(model, tmp_path)
     assert (found["fusions"]["Attention"]["fused"], found["operators"]["Attention"]) == (4, 4)
     assert found["operators"]["Where"] == 2
+
+
+def test_new_values_hide_nothing_around_the_body(tmp_path: Path) -> None:
+    """Both products get a Transpose whose result has no name before."""
+    around = 'e = Einsum<equation = "bhqd,bhkd->bhqk">(q, k) w = Relu(e) '
+    inside = 'h = Einsum<equation = "bhqd,bhkd->bhqk">(q, v) y = MatMul(h, k)'
+    found = optimized(proto(around + branches(inside), X, "float[B,2,Q,4] z, float[B,2,Q,K] w"), tmp_path)
+    assert found["fusions"]["Einsum"]["fused"] == 2
+
+
+def test_a_weight_that_is_turned_in_a_branch_is_stored_turned(tmp_path: Path) -> None:
+    """As exporters write a linear layer."""
+    model = proto(branches("wt = Transpose<perm=[1,0]>(square) y = MatMul(q, wt)"))
+    model.graph.initializer.append(numpy_helper.from_array(np.eye(4, k=1, dtype=np.float32), "square"))
+    assert "Transpose" not in optimized(model, tmp_path)["operators"]
 
 
 def test_three_projections_of_a_branch_become_one_and_those_around_a_loop_stay(tmp_path: Path) -> None:
@@ -247,10 +266,16 @@ def test_a_norm_with_a_part_around_the_loop_stays(tmp_path: Path) -> None:
     assert refusal == "Loop_2/body/ReduceMean_2: a part of it is in another graph, around or inside a branch or loop"
 
 
+def test_a_gelu_that_begins_around_a_branch_stays(tmp_path: Path) -> None:
+    around, inside = GELU.split("g3 =")
+    found = optimized(proto(around + branches(f"g3 ={inside}")), tmp_path)
+    assert (found["fusions"]["Gelu"]["fused"], found["operators"]["Erf"]) == (0, 1)
+
+
 GROWS = (
     "long, z = Loop (three, yes, x, y) <body = body (int64 i, bool going, float[L] grown, float[L] sum) => (bool on, float[L] longer, "
     "float[L] total) { on = Identity(going) longer = Concat<axis=0>(grown, x) a = Shape(grown) b = Shape(x) d = Sub(a, b) "
-    "f = Cast<to=1>(d) total = Add(sum, f) }>"
+    "f = Cast<to=1>(d) s = Add(sum, f) total = Add(s, x) }>"
 )
 
 
