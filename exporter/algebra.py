@@ -62,6 +62,7 @@ def close(found: float, wanted: float, dtype: ir.DataType | None) -> bool:
 
 
 def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The one node that reads ``value``, if it is an ``op_type``."""
+    """The one node that reads ``value``, if it is an ``op_type`` and in the same graph: what a loop does is not done once."""
     users = [user for user, _ in value.uses()]
-    return users[0] if len(users) == 1 and users[0].op_type == op_type and not value.is_graph_output() else None
+    alone = len(users) == 1 and users[0].graph is value.graph and not value.is_graph_output()
+    return users[0] if alone and users[0].op_type == op_type else None

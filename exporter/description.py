@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from txopt.exporter import structure
-from txopt.exporter.onnx_file import elements, external, operator, opset, tensors
+from txopt.exporter.onnx_file import elements, external, nodes, operator, opset, tensors
 
 
 def of_file(proto: onnx.ModelProto, path: Path) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def of_file(proto: onnx.ModelProto, path: Path) -> dict[str, Any]:
         "producer": f"{proto.producer_name} {proto.producer_version}".strip(),
         "inputs": [_value(value) for value in graph.input if value.name not in weights],
         "outputs": [_value(value) for value in graph.output],
-        "nodes": len(graph.node),
-        "operators": dict(sorted(Counter(map(operator, graph.node)).items())),
+        "nodes": sum(1 for _ in nodes(graph)),
+        "operators": dict(sorted(Counter(map(operator, nodes(graph))).items())),
         "parameters": sum(elements(tensor) for tensor in weights.values()),
         "layers": [layer.to_json() for layer in structure.layers([structure.of_proto(proto)])],
     }

@@ -17,9 +17,11 @@ def optimize(
 ) -> dict[str, Any]:
     """Writes model.onnx and weights.data into ``directory``, and proves them; gives the report.
 
-    ``prove``: every fusion alone, too. ``in_place_cache``: pasts that grow become buffers.
+    ``prove``: every fusion alone, too; where there are branches or loops that is done in any case. ``in_place_cache``: pasts that
+    grow become buffers.
     """
     from txopt.exporter import foreign_original, foreign_parity, in_place, in_place_feeds, onnx_file, weights
+    from txopt.exporter.bodies import paths
     from txopt.exporter.fusion import FOREIGN, fuse
     from txopt.exporter.graph import count
     from txopt.exporter.lowering.ort import lower
@@ -27,7 +29,10 @@ def optimize(
     progress("read")
     proto = onnx_file.parse(source)
     onnx_file.check(proto, source)
-    facts: dict[str, Any] = {"opset": onnx_file.opset(proto), "nodes_before": len(proto.graph.node)}
+    facts: dict[str, Any] = {
+        "opset": onnx_file.opset(proto),
+        "nodes_before": sum(1 for _ in onnx_file.nodes(proto.graph)),
+    }
     model = _prepared(source, progress)
     if in_place_cache:
         trials = in_place_feeds.sizes(in_place.pairs(model, source))
@@ -37,7 +42,8 @@ def optimize(
     if original.renamed:
         model = _prepared(source, progress, original.renamed)
     progress("fuse")
-    reports = fuse(model, FOREIGN, [answer.feeds for answer in original.answers] if prove else None)
+    alone = prove or len(paths(model)) > 1  # a run of the file takes one branch of several
+    reports = fuse(model, FOREIGN, [answer.feeds for answer in original.answers] if alone else None)
     fusions = {operator: report.to_json() for operator, report in reports.items()}
     cache = in_place.rewrite(model, source, reports["Attention"].refused) if in_place_cache else None
     if cache is not None:
@@ -88,6 +94,7 @@ def _prepared(source: Path, progress: Progress, renamed: Mapping[Any, str] | Non
     import onnx_ir as ir
 
     from txopt.exporter import foreign_original, onnx_file
+    from txopt.exporter.bodies import forget_lengths
 
     progress("convert")
     model = onnx_file.load(source)
@@ -95,6 +102,7 @@ def _prepared(source: Path, progress: Progress, renamed: Mapping[Any, str] | Non
     for output in model.graph.outputs:  # whose axes people name as they like, and nobody checks
         if output.shape is not None and output not in model.graph.inputs:
             output.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in output.shape])
+    forget_lengths(model)
     onnx_file.convert(model, source)
     progress("clean")
     onnx_file.clean(model)

@@ -42,9 +42,16 @@ def draw(model: ir.Model, sizes: Sizes, seed: int) -> dict[str, Array]:
     """
     random = np.random.default_rng(seed)
     return {
-        str(value.name): _draw(value, [_length(name, sizes) for name in axes(value)], index_bound(value), random)
+        str(value.name): np.full([1] * len(axes(value)), seed % 2 == 0)
+        if _is_flag(value)
+        else _draw(value, [_length(name, sizes) for name in axes(value)], index_bound(value), random)
         for value in model.graph.inputs
     }
+
+
+def _is_flag(value: ir.Value) -> bool:
+    """Whether an input is one boolean, which may choose a branch: it is true and false in turn."""
+    return value.dtype == ir.DataType.BOOL and all(length == 1 for length in axes(value))
 
 
 def candidates(model: ir.Model, apart: Collection[str] = ()) -> Iterator[Sizes]:

@@ -36,11 +36,11 @@ def clean(model: ir.Model) -> ir.Model:
 
 
 def remove_identities(graph: ir.Graph) -> None:
-    """Identity nodes, but for those that give an output its own name: two outputs must not be one value."""
-    for node in [node for node in graph if node.op_type == "Identity"]:
-        if node.inputs[0] is not None and not node.outputs[0].is_graph_output():
+    """Identity nodes, but for those that give an output its own name, the graph's or a branch's: two outputs must not be one value."""
+    for node in [node for node in graph.all_nodes() if node.op_type == "Identity"]:
+        if node.graph is not None and node.inputs[0] is not None and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(node.inputs[0])
-            graph.remove(node, safe=True)
+            node.graph.remove(node, safe=True)
 
 
 def name_axes(model: ir.Model, axes: Mapping[str, Sequence[str | int]]) -> None:
@@ -64,8 +64,8 @@ def name_axes(model: ir.Model, axes: Mapping[str, Sequence[str | int]]) -> None:
 
 
 def count(model: ir.Model) -> dict[str, int]:
-    """Nodes by operator, contrib operators with their domain."""
-    names = (node.op_type if not node.domain else f"{node.domain}::{node.op_type}" for node in model.graph)
+    """Nodes by operator, those in branches and loops too, contrib operators with their domain."""
+    names = (node.op_type if not node.domain else f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes())
     return dict(sorted(Counter(names).items()))
 
 
@@ -84,20 +84,20 @@ def transpose_weights(model: ir.Model) -> None:
 
     A tied embedding keeps its Transpose: one table serves both ends, and the lowering finds an operator that reads it so.
     """
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.const_value is None or not weight.is_initializer():
+        if node.graph is None or weight is None or weight.const_value is None or weight.graph is not model.graph:
             continue
         others = {user.op_type for user, _ in weight.uses()} - {"Transpose"}
         permutation = node.attributes["perm"].as_ints() if "perm" in node.attributes else [1, 0]
-        if others or list(permutation) != [1, 0]:
+        if others or list(permutation) != [1, 0] or node.outputs[0].is_graph_output():
             continue
         name = f"{weight.name}.T"
         if name not in model.graph.initializers:
             model.graph.initializers[name] = _transposed(weight.const_value, name)
         stored = model.graph.initializers[name]
         node.outputs[0].replace_all_uses_with(stored)
-        model.graph.remove(node, safe=True)
+        node.graph.remove(node, safe=True)
         if not weight.uses():
             del model.graph.initializers[str(weight.name)]
 

@@ -162,6 +162,8 @@ def _misfits(attention: ir.Node, found: Sequence[Pair]) -> Iterator[str]:
     presents = {pair.present for pair in found}
     if [index for index, value in enumerate(attention.inputs) if value in presents] != [1, 2]:
         yield f"{attention.name} reads {_names(attention, presents)} alone; expected its K and its V"
+    if any(attention.graph is not pair.concat.graph for pair in found):
+        yield f"{attention.name} is in a branch or loop"
     if any(value is not None for value in attention.inputs[4:]):
         yield f"{attention.name} has a cache of its own beside {_names(attention, presents)}"
     if any(output.uses() or output.is_graph_output() for output in attention.outputs[1:]):
@@ -254,7 +256,7 @@ class _Rewriter:
         inputs = [pair.past, pair.new, self.add("Expand", self.position, self.length_of(pair.past, 0))]
         node = ir.node("TensorScatter", inputs, attributes={"axis": _PLACES}, name=f"{pair.concat.name}/TensorScatter")
         pair.past.shape = ir.Shape([*pair.past.shape[:_PLACES], self.cache.length, pair.past.shape[3]])
-        replace(self.graph, pair.concat, node)
+        replace(pair.concat, node)
         node.outputs[0].shape, node.outputs[0].type = pair.past.shape, pair.past.type
 
     def mask(self, attention: ir.Node) -> ir.Value:

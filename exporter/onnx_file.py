@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer, version_converter
 
+from txopt.exporter.bodies import fix_names, paths, share_equal_nodes
 from txopt.exporter.graph import FOLD_LIMIT, remove_identities, transpose_weights
 from txopt.exporter.onnx_weights import skeleton
 from txopt.exporter.softmax import restore_softmaxes
@@ -112,17 +113,19 @@ def clean(model: ir.Model) -> None:
 
     Of onnxscript's optimizer only the folding: its rewrite rules take an epsilon of 1e-12 (BERT) for zero.
     """
-    names = Counter(node.name for node in model.graph)
-    for index, node in enumerate(model.graph):
-        if not node.name or names[node.name] > 1:  # reports tell nodes by their names
-            node.name = f"{node.name or node.op_type}_{index}"
+    for graph in paths(model):
+        names = Counter(node.name for node in graph)
+        for index, node in enumerate(graph):
+            if not node.name or names[node.name] > 1:  # reports tell nodes by their names
+                node.name = f"{node.name or node.op_type}_{index}"
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    remove_identities(model.graph)  # not those of subgraphs, whose outputs may be nothing else
+    remove_identities(model.graph)
     transpose_weights(model)
     fold(model)
     restore_softmaxes(model.graph)
     passes.RemoveUnusedOpsetsPass()(model)
+    fix_names(model)
     _bring_in(model)
     model.producer_name, model.producer_version = "txopt", None
 
@@ -135,17 +138,19 @@ def fold(model: ir.Model) -> None:
         )
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.DeduplicateInitializersPass(size_limit=_LENGTHS)(model)
-        passes.CommonSubexpressionEliminationPass()(model)
+        share_equal_nodes(model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.RemoveUnusedNodesPass()(model)
 
 
 def _bring_in(model: ir.Model) -> None:
-    """Whoever writes the graph finds places for large initializers only."""
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < INLINE_BYTES:
-            value.const_value = _loaded(tensor)
+    """Whoever writes the graph finds places for large initializers of the main graph only."""
+    for graph in paths(model):
+        for value in graph.initializers.values():
+            tensor, least = value.const_value, INLINE_BYTES if graph is model.graph else float("inf")
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < least:
+                value.const_value = _loaded(tensor)
     for node in model.graph.all_nodes():
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
@@ -171,7 +176,7 @@ def _operator_problems(proto: onnx.ModelProto) -> Iterator[str]:
     functions = {(function.domain, function.name) for function in proto.functions}
     version = opset(proto) or OPSET
     custom: Counter[str] = Counter()
-    for node in _nodes(proto):
+    for node in nodes(proto.graph, *proto.functions):
         if (node.domain, node.op_type) in functions:
             continue
         if node.domain not in _STANDARD or not onnx.defs.has(node.op_type, min(version, OPSET)):
@@ -225,9 +230,9 @@ def _external_problems(name: str, tensor: onnx.TensorProto, path: Path) -> Itera
         )
 
 
-def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """Every node, those inside branches, loops and functions included."""
-    waiting: list[Any] = [proto.graph, *proto.functions]
+def nodes(*graphs: Any) -> Iterator[onnx.NodeProto]:
+    """Every node of graphs or functions, those inside branches and loops included."""
+    waiting: list[Any] = [*graphs]
     while waiting:
         for node in waiting.pop().node:
             yield node
@@ -238,7 +243,7 @@ def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     yield from proto.graph.initializer
-    for node in _nodes(proto):
+    for node in nodes(proto.graph, *proto.functions):
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from txopt.exporter.fusion.proof import Array, Feeds
+from txopt.exporter.fusion.recording import Array, Feeds
 from txopt.runtime.cases import Case
 from txopt.runtime.graphs import MASKS, GraphSpec, TensorSpec
 

@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 def restore_softmaxes(graph: ir.Graph) -> None:
     """Reshape(Softmax(Flatten(x, last axis)), Shape(x)) becomes Softmax(x) over the last axis; changes ``graph`` in place."""
-    for node in [node for node in graph if node.op_type == "Softmax"]:
+    for node in [node for node in graph.all_nodes() if node.op_type == "Softmax"]:
         flat, back = _made_by(node.inputs[0], "Flatten"), _only_reader(node.outputs[0], "Reshape")
-        if flat is None or back is None:
+        if node.graph is None or flat is None or back is None or back.graph is not node.graph:
             continue
         value, shape = flat.inputs[0], _made_by(back.inputs[1], "Shape")
         if value is None or value.shape is None or shape is None or shape.inputs[0] is not value or shape.attributes:
@@ -24,9 +24,9 @@ def restore_softmaxes(graph: ir.Graph) -> None:
         whole = ir.node("Softmax", [value], attributes={"axis": -1}, name=node.name)
         made, result = whole.outputs[0], back.outputs[0]
         made.name, made.shape, made.type = result.name, value.shape, result.type
-        graph.insert_before(node, whole)
+        node.graph.insert_before(node, whole)
         result.replace_all_uses_with(made, replace_graph_outputs=True)
-        graph.remove([back, node], safe=True)
+        node.graph.remove([back, node], safe=True)
 
 
 def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:

@@ -18,7 +18,8 @@ from txopt.exporter.fusion import (
     rotary,
     scale,
 )
-from txopt.exporter.fusion.proof import Feeds, Fusion, prove
+from txopt.exporter.fusion.proof import Fusion, apply, prove
+from txopt.exporter.fusion.recording import Feeds
 from txopt.exporter.fusion.report import NOTHING, Report
 
 FUSIONS: tuple[Fusion, ...] = (
@@ -50,6 +51,9 @@ FOREIGN: tuple[Fusion, ...] = (
 def fuse(
     model: ir.Model, fusions: Sequence[Fusion] = FUSIONS, feeds: Sequence[Feeds] | None = None
 ) -> dict[str, Report]:
-    """Runs ``fusions`` on ``model``; reports by operator. Where there are ``feeds``, every rewrite is proved on them or left out."""
-    reports = (fusion(model, NOTHING) if feeds is None else prove(fusion, model, feeds) for fusion in fusions)
+    """Runs ``fusions`` on ``model``, the bodies of its branches and loops included; reports by operator.
+
+    Where there are ``feeds``, every rewrite is proved on them or left out.
+    """
+    reports = (apply(fusion, model, NOTHING) if feeds is None else prove(fusion, model, feeds) for fusion in fusions)
     return {report.operator: report for report in reports}

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from txopt.exporter.algebra import product
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.attention_path import (
     Step,
     after,
@@ -48,17 +49,17 @@ _DROWNING = -1e9  # no score is large enough to show beside it
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model``, which must be at opset 24, and reports."""
-    report = Report("Attention", barred)
+    report = Report("Attention", barred, paths(model))
     masks: dict[object, ir.Value] = {}
-    place = {node: index for index, node in enumerate(model.graph)}
-    found = [(node, before(node), after(node)) for node in model.graph if node.op_type == "Softmax"]
+    place = {node: index for index, node in enumerate(model.graph.all_nodes())}
+    found = [(node, before(node), after(node)) for node in place if node.op_type == "Softmax"]
     candidates = [(softmax, above, below) for softmax, above, below in found if above and below]
     # By the place that the new nodes get: a mask that several blocks share must come before the first of them.
     for softmax, above, below in sorted(candidates, key=lambda candidate: place[candidate[2][-1].node]):
         try:
             block = _block(softmax, above, below)
         except _Refusal as refusal:
-            report.refused.append(f"{softmax.name}: {refusal}")
+            report.refuse(softmax, str(refusal))
             continue
         if not report.bars(softmax):
             report.took(softmax, block.last.outputs[0])
@@ -173,6 +174,9 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
     guard, chain = guards(softmax), _Chain(rank)
     beside = guard | {shape for step in above for shape in shapes_of_fills(step)}
     following = [*(step.node for step in above[1:]), softmax, *(step.node for step in below)]
+    outside = next((node for node in (above[0].node, *following) if node.graph is not softmax.graph), None)
+    if outside is not None:
+        raise _Refusal(f"{outside.name} is in another graph, around or inside a branch or loop")
     for step, reader in zip(above, following, strict=False):
         if step.node is not above[0].node:
             chain.take(step.node, step.index)

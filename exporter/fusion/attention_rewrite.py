@@ -70,7 +70,7 @@ def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> Non
     elif block.ranks[1] != 4:  # the axes before queries or keys as V has them
         sizes = [new.add("Shape", [block.v], start=0, end=-2), new.add("Shape", [y], start=2)]
         new.add("Reshape", [y, new.add("Concat", sizes, axis=0)])
-    replace(graph, block.last, *new.nodes)
+    replace(block.last, *new.nodes)
 
 
 class _Nodes:
@@ -127,7 +127,8 @@ def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) ->
 def _joined(new: _Nodes, block: Block, masks: dict[object, ir.Value]) -> ir.Value:
     """One mask of all terms: boolean if all are and nothing of the masked scores is left, else added, in Q's dtype."""
     dtype = block.q.dtype or ir.DataType.FLOAT
-    key = (block.terms, dtype, block.heads, block.q if block.ranks[0] == 5 else block.ranks[0] == 3)
+    scope = block.last.graph  # a mask that is made in one body is not there in another
+    key = (scope, block.terms, dtype, block.heads, block.q if block.ranks[0] == 5 else block.ranks[0] == 3)
     if key not in masks:
         terms = [(term, _in_four_axes(new, block, term)) for term in block.terms]
         boolean = all(term.fill is not None and term.whole for term in block.terms)

@@ -10,6 +10,7 @@ has and one that only the second has; every other letter is in both and in the r
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.matrix_product import matrix_product
@@ -19,17 +20,17 @@ _Orders = tuple[list[int], list[int], list[int]]
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports."""
-    report = Report("Einsum", barred)
-    for node in [node for node in model.graph if node.op_type == "Einsum"]:
+    report = Report("Einsum", barred, paths(model))
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Einsum"]:
         equation = node.attributes["equation"].as_string().replace(" ", "")
         orders = _orders(equation)
         if orders is None:
-            report.refused.append(f"{node.name}: {equation} is no product of matrices")
+            report.refuse(node, f"{equation} is no product of matrices")
         elif _broadcasts(node, orders):
-            report.refused.append(f"{node.name}: {equation} broadcasts an axis of length 1")
+            report.refuse(node, f"{equation} broadcasts an axis of length 1")
         elif not report.bars(node):
             report.took(node, node.outputs[0])
-            _rewrite(model.graph, node, orders)
+            _rewrite(node, orders)
     passes.RemoveUnusedNodesPass()(model)
     return report
 
@@ -56,7 +57,7 @@ def _broadcasts(node: ir.Node, orders: _Orders) -> bool:
     return sizes[0] != sizes[1] and 1 in sizes
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, orders: _Orders) -> None:
+def _rewrite(node: ir.Node, orders: _Orders) -> None:
     left, right, result = orders
     nodes: list[ir.Node] = []
     operands = [_permuted(value, order, nodes) for value, order in zip(node.inputs, (left, right), strict=True)]
@@ -64,7 +65,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, orders: _Orders) -> None:
     _permuted(nodes[-1].outputs[0], result, nodes)
     for index, new in enumerate(nodes):
         new.name = f"{node.name}/{new.op_type}_{index}"
-    replace(graph, node, *nodes)
+    replace(node, *nodes)
 
 
 def _permuted(value: ir.Value | None, order: list[int], nodes: list[ir.Node]) -> ir.Value | None:

@@ -13,27 +13,28 @@ import math
 import onnx_ir as ir
 
 from txopt.exporter.algebra import Product, close, only_user, product, scalar
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; an Erf or Tanh with no 1 added is no GELU and no refusal."""
-    report = Report("Gelu", barred)
-    for node in [node for node in model.graph if node.op_type in _INSIDE]:
+    report = Report("Gelu", barred, paths(model))
+    for node in [node for node in model.graph.all_nodes() if node.op_type in _INSIDE]:
         added = only_user(node.outputs[0], "Add")
         if added is None or 1.0 not in map(scalar, added.inputs):
             continue
         match = _match(node, added)
         if isinstance(match, str):
-            report.refused.append(f"{node.name}: {match}")
+            report.refuse(node, match)
             continue
         if report.bars(node):
             continue
         x, last = match
         report.took(node, last.outputs[0])
         gelu = ir.node("Gelu", [x], attributes={"approximate": _INSIDE[node.op_type]}, name=f"{node.name}/Gelu")
-        replace(model.graph, last, gelu)
+        replace(last, gelu)
     return report
 
 

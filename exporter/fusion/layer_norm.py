@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from txopt.exporter.algebra import only_user, scalar
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.norm_path import (
     axes_of,
     before_widening,
@@ -58,14 +59,14 @@ class _Statistics:
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a variance that nobody takes the root of is no norm and no refusal."""
-    report = Report("LayerNormalization", barred)
-    for variance in [node for node in model.graph if node.op_type == "ReduceMean"]:
+    report = Report("LayerNormalization", barred, paths(model))
+    for variance in [node for node in model.graph.all_nodes() if node.op_type == "ReduceMean"]:
         match = _match(variance)
         if isinstance(match, str):
-            report.refused.append(f"{variance.name}: {match}")
+            report.refuse(variance, match)
         elif match is not None and not report.bars(variance):
             report.took(variance, match.last.outputs[0])
-            _rewrite(model.graph, match)
+            _rewrite(match)
     return report
 
 
@@ -188,9 +189,9 @@ def _dtype_problem(x: ir.Value, *weights: ir.Value | None) -> str | None:
     return f"{narrow[0].name} is {narrow[0].dtype}, x is {x.dtype}" if narrow else None
 
 
-def _rewrite(graph: ir.Graph, norm: _Norm) -> None:
+def _rewrite(norm: _Norm) -> None:
     scope = norm.last.name.rpartition("/")[0] if norm.last.name else ""
     attributes = {"axis": norm.axis, "epsilon": norm.epsilon, "stash_type": 1}
     inputs = [norm.x, norm.weight, *([norm.bias] if norm.bias is not None else [])]
     name = f"{scope}/LayerNormalization" if scope else "LayerNormalization"
-    replace(graph, norm.last, ir.node("LayerNormalization", inputs, attributes=attributes, name=name))
+    replace(norm.last, ir.node("LayerNormalization", inputs, attributes=attributes, name=name))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from txopt.exporter.bodies import paths, share_equal_nodes
 from txopt.exporter.fusion.attention_path import after, before
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.graph import integers
@@ -27,10 +28,10 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
 
     No place of its own is named: nothing is computed otherwise, and what reads the lengths is proved where it is fused.
     """
-    report = Report("Length", barred)
+    report = Report("Length", barred, paths(model))
     made: dict[object, ir.Value] = {}
-    origins, inside = Origins(), _inside_attention(model.graph)
-    for node in [node for node in model.graph if node.op_type in _READ]:
+    origins, inside = Origins(), _inside_attention(model)
+    for node in [node for node in model.graph.all_nodes() if node.op_type in _READ]:
         output = node.outputs[0]
         found = lengths_of(output) if output not in made.values() else None
         if not found or output.is_graph_output() or not output.uses():
@@ -45,13 +46,13 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
         output.replace_all_uses_with(new)
         report.fused += 1
     passes.RemoveUnusedNodesPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)
+    share_equal_nodes(model)
     return report
 
 
-def _inside_attention(graph: ir.Graph) -> set[ir.Value]:
+def _inside_attention(model: ir.Model) -> set[ir.Value]:
     """Scores and probabilities, masked or not: all between the product of Q and K and that with V."""
-    softmaxes = [node for node in graph if node.op_type == "Softmax"]
+    softmaxes = [node for node in model.graph.all_nodes() if node.op_type == "Softmax"]
     paths = [(node, before(node), after(node)) for node in softmaxes]
     nodes = {
         each
@@ -105,11 +106,11 @@ def _as_scalar(graph: ir.Graph, value: ir.Value, made: dict[object, ir.Value]) -
 
 def _insert(graph: ir.Graph, value: ir.Value, node: ir.Node) -> ir.Value:
     """Right behind ``value``: whatever reads a length of something made of it comes later."""
-    producer = value.producer()
+    producer, owner = value.producer(), value.graph or graph  # which may be around the body that reads the length
     if producer is not None:
-        graph.insert_after(producer, node)
-    elif len(graph):
-        graph.insert_before(graph[0], node)
+        owner.insert_after(producer, node)
+    elif len(owner):
+        owner.insert_before(owner[0], node)
     output = node.outputs[0]
     output.name, output.type = f"{node.name}:0", ir.TensorType(ir.DataType.INT64)
     return output

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from txopt.exporter.algebra import only_user, scalar
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.norm_path import axes_of, drops_axes, read_elsewhere
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
@@ -31,16 +32,15 @@ class _Logarithm:
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a logarithm or sum of something else is no candidate."""
-    report = Report("LogSoftmax", barred)
-    for node in [node for node in model.graph if node.op_type in _RULES]:
+    report = Report("LogSoftmax", barred, paths(model))
+    for node in [node for node in model.graph.all_nodes() if node.op_type in _RULES]:
         match = _RULES[node.op_type](node)
         if isinstance(match, str):
-            report.refused.append(f"{node.name}: {match}")
+            report.refuse(node, match)
         elif match is not None and not report.bars(node):
             report.took(node, match.last.outputs[0])
             attributes = {"axis": match.axis}
             replace(
-                model.graph,
                 match.last,
                 ir.node("LogSoftmax", [match.x], attributes=attributes, name=f"{node.name}/LogSoftmax"),
             )

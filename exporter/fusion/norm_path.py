@@ -141,7 +141,7 @@ def read_elsewhere(last: ir.Node, *sources: ir.Value) -> str | None:
                 inside.add(node)
                 waiting.append(node)
     if any(node.graph is not last.graph for node in inside):
-        return "a part of it is inside a branch or loop"
+        return "a part of it is in another graph, around or inside a branch or loop"
     for value in (output for node in inside if node is not last for output in node.outputs):
         if value.is_graph_output() or any(user not in inside for user, _ in value.uses()):
             return f"something else reads {value.name}"

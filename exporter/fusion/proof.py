@@ -5,7 +5,7 @@ on ONNX Runtime's CPU, or on the standard's own reference implementation where t
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from txopt.exporter import weights
+from txopt.exporter.bodies import fix_names
 from txopt.exporter.difference import difference
+from txopt.exporter.fusion.recording import Array, Feeds, Recording
 from txopt.exporter.fusion.region import Region, regions
 from txopt.exporter.fusion.report import Barred, Place, Proof, Report
 from txopt.exporter.lowering.ort import lower
 from txopt.runtime.backends.ort import Runner
 from txopt.runtime.parity import TOLERANCE
 
-Array = NDArray[Any]
-Feeds = Mapping[str, Array]
 Fusion = Callable[[ir.Model, Barred], Report]
 
 _PRECISION = {"float16": "fp16", "bfloat16": "bf16"}
@@ -45,8 +44,17 @@ class _Verdict:
         return self.reason is not None or self.error <= self.allowed  # false for NaN, as it must be
 
 
+def apply(fusion: Fusion, model: ir.Model, barred: Barred) -> Report:
+    """Runs ``fusion`` on ``model``, which is valid again afterwards."""
+    report = fusion(model, barred)
+    fix_names(model)
+    return report
+
+
 def prove(fusion: Fusion, model: ir.Model, feeds: Sequence[Feeds]) -> Report:
     """Runs ``fusion`` on ``model``, but leaves out what does not hold on ``feeds``; the report says which, and what was proved.
+
+    In the body of a branch or loop also what cannot be replayed is left out: no run of the whole graph need come there.
 
     Args:
         fusion: a pass; it must do the same to equal graphs.
@@ -56,17 +64,23 @@ def prove(fusion: Fusion, model: ir.Model, feeds: Sequence[Feeds]) -> Report:
     barred: dict[str, str] = {}
     while True:
         trial = model.clone()
-        verdicts = _verdicts(model, trial, fusion(trial, barred).places, feeds)
-        broken = {place.node: verdict for place, verdict in verdicts.items() if not verdict.holds}
+        verdicts = _verdicts(model, trial, apply(fusion, trial, barred).places, feeds)
+        broken = {place.node: problem for place, verdict in verdicts.items() if (problem := _problem(place, verdict))}
         assert not broken.keys() & barred.keys(), "a pass leaves out what it is told to"
         if not broken:
-            report = fusion(model, barred)
+            report = apply(fusion, model, barred)
             report.proof = _proof(verdicts)
             return report
-        barred |= {
-            node: f"fused, but it does not hold: {found.value}, error {found.error:.3g} (allowed {found.allowed:.0e})"
-            for node, found in broken.items()
-        }
+        barred |= broken
+
+
+def _problem(place: Place, verdict: _Verdict) -> str | None:
+    """Why a fusion is left out, if it is."""
+    if not verdict.holds:
+        return (
+            f"fused, but it does not hold: {verdict.value}, error {verdict.error:.3g} (allowed {verdict.allowed:.0e})"
+        )
+    return f"left as it is in a branch or loop: {verdict.reason}" if verdict.reason and place.inside else None
 
 
 def _proof(verdicts: Mapping[Place, _Verdict]) -> Proof:
@@ -85,47 +99,30 @@ def _verdicts(
     if not feeds:
         return dict.fromkeys(places, _Verdict(reason="not proved: there are no inputs to run it on"))
     found = regions(before, after, places)
-    recorded: list[Feeds] | str
-    names = {
-        name for region in found.values() if isinstance(region, Region) for name in (*region.inputs, *region.outputs)
-    }
-    recorded = _recorded(before, names, feeds)
-    verdicts = {}
+    read = {name for region in found.values() if isinstance(region, Region) for name in region.read}
+    recording, verdicts = Recording(before, read, feeds, _run), {}
     for place, region in found.items():
+        recorded = region if isinstance(region, str) else recording.of(region.read)
         if isinstance(region, str) or isinstance(recorded, str):
-            reason = region if isinstance(region, str) else str(recorded)
-            verdicts[place] = _Verdict(reason=f"not proved: {reason}")
+            verdicts[place] = _Verdict(reason=f"not proved: {recorded}")
         else:
             verdicts[place] = _judged(region, after, recorded)
     return verdicts
 
 
-def _recorded(model: ir.Model, names: Iterable[str], feeds: Sequence[Feeds]) -> list[Feeds] | str:
-    """The values ``names`` of ``model`` for each of ``feeds``, or why there are none."""
-    inputs = {str(value.name) for value in model.graph.inputs}
-    copy = model.clone()
-    values = {str(value.name): value for node in copy.graph for value in node.outputs}
-    copy.graph.outputs[:] = [values[name] for name in sorted(set(names) - inputs)]
-    answers = _run(copy, [{name: array for name, array in one.items() if name in inputs} for one in feeds])
-    return (
-        answers if isinstance(answers, str) else [{**one, **answer} for one, answer in zip(feeds, answers, strict=True)]
-    )
-
-
 def _judged(region: Region, model: ir.Model, recorded: Sequence[Feeds]) -> _Verdict:
     alone = ir.Model(region.graph, ir_version=model.ir_version)
     alone.graph.opset_imports.update(model.opset_imports)
-    answers = _run(alone, [{name: one[name] for name in region.inputs} for one in recorded])
+    answers = _run(alone, [{name: one[place] for place, name in region.inputs.items()} for one in recorded])
     if isinstance(answers, str):
         return _Verdict(reason=f"not proved: {answers}")
     worst = _Verdict()
     for one, answer in zip(recorded, answers, strict=True):
-        dtypes = {one[name].dtype for name in (*region.inputs, *region.outputs)}
-        allowed = max(TOLERANCE[_PRECISION.get(dtype.name, "fp32")] for dtype in dtypes)
-        for name in region.outputs:
-            error = difference(one[name], answer[name], _least(one[name].dtype))
+        allowed = max(TOLERANCE[_PRECISION.get(array.dtype.name, "fp32")] for array in one.values())
+        for place, name in region.results.items():
+            error = difference(one[place], answer[name], _least(one[place].dtype))
             if not error <= worst.error or not worst.value:  # NaN is the worst there is
-                worst = _Verdict(name, error, allowed)
+                worst = _Verdict(place, error, allowed)
     return worst
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from txopt.exporter.bodies import paths, share_equal_nodes
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.graph import integers
 from txopt.exporter.origins import origin
@@ -47,28 +48,29 @@ Pack = tuple[_Projection, ...]
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; projections that do not share their input are no candidates."""
-    report = Report("QKV", barred)
-    packs = _packs(model.graph)
+    report = Report("QKV", barred, paths(model))
+    packs = _packs(model)
     refusals = {
-        node: reason for node, pack in packs.items() if (reason := barred.get(str(node.name)) or _uncuttable(pack))
+        node: reason for node, pack in packs.items() if (reason := report.barred_for(node) or _uncuttable(pack))
     }
     possible = [pack for node, pack in packs.items() if node not in refusals]
     refusals |= {
         node: reason for node, pack in packs.items() if pack in possible and (reason := _shared(pack, possible))
     }
-    report.refused = [f"{node.name}: {refusals[node]}" for node in packs if node in refusals]
+    for node in [node for node in packs if node in refusals]:
+        report.refuse(node, refusals[node])
     packed: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     for node in [node for node in packs if node not in refusals]:
         report.took(node, *(projection.nodes[0].outputs[0] for projection in packs[node]))
         _rewrite(model.graph, node, packs[node], packed)
     passes.RemoveUnusedNodesPass()(model)
-    passes.CommonSubexpressionEliminationPass()(model)  # one shape for all layers
+    share_equal_nodes(model)  # one shape for all layers
     return report
 
 
-def _packs(graph: ir.Graph) -> dict[ir.Node, Pack]:
+def _packs(model: ir.Model) -> dict[ir.Node, Pack]:
     """By Attention; where several share Q, K and V, by the first."""
-    found = {node: pack for node in graph if node.op_type == "Attention" and (pack := _pack(node))}
+    found = {node: pack for node in model.graph.all_nodes() if node.op_type == "Attention" and (pack := _pack(node))}
     first = {tuple(projection.matmul for projection in pack): node for node, pack in reversed(found.items())}
     return {node: found[node] for node in found if node in first.values()}
 
@@ -85,7 +87,10 @@ def _pack(attention: ir.Node) -> Pack | None:
             return None
         found.append(projection)
     inputs, matmuls = ({p.input for p in found}, {p.matmul for p in found})
-    return tuple(found) if len(inputs) == 1 and len(matmuls) == 3 else None
+    graphs = {
+        node.graph for projection in found for node in projection.nodes
+    }  # what is around a loop must not get into it
+    return tuple(found) if len(inputs) == 1 and len(matmuls) == 3 and len(graphs) == 1 else None
 
 
 def _projection(transpose: ir.Node | None) -> _Projection | None:
@@ -232,14 +237,16 @@ def _rewrite(
             node.outputs[0].shape = ir.Shape([*pack[0].input.shape[:-1], sum(widths)])
             node.outputs[0].type = weight.type
     # Before the first cut into heads: everything that these nodes read is there, and whoever reads them comes later.
-    first = next(node for node in graph if any(node is projection.reshape for projection in pack))
-    graph.insert_before(first, [*nodes, shape, cut, by_head, split])
+    scope = pack[0].reshape.graph
+    assert scope is not None, "_pack() found it in one"
+    first = next(node for node in scope if any(node is projection.reshape for projection in pack))
+    scope.insert_before(first, [*nodes, shape, cut, by_head, split])
     for projection, output in zip(pack, split.outputs, strict=True):
         old = projection.nodes[0].outputs[0]
         output.name, output.shape, output.type = old.name, old.shape, old.type
         old.replace_all_uses_with(output)
         for node in projection.nodes:
-            graph.remove(node, safe=True)
+            scope.remove(node, safe=True)
 
 
 def _as_value(graph: ir.Graph, size: ir.Value | int) -> ir.Value:

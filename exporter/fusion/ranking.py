@@ -9,6 +9,7 @@ small for their dtype are equal, and float16, which rounds probabilities of diff
 
 import onnx_ir as ir
 
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.shapes import rank_of
 
@@ -17,18 +18,19 @@ _EXACT = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; probabilities that something else reads must be computed anyway and are no candidates."""
-    report = Report("Ranking", barred)
-    for node in [node for node in model.graph if node.op_type in ("ArgMax", "TopK")]:
+    report = Report("Ranking", barred, paths(model))
+    for node in [node for node in model.graph.all_nodes() if node.op_type in ("ArgMax", "TopK")]:
         softmax = node.inputs[0].producer() if node.inputs[0] is not None else None
         if softmax is None or softmax.op_type not in ("Softmax", "LogSoftmax") or not _alone(node, softmax):
             continue
         problem, ranks = _problem(node, softmax), node.outputs[-1]
         if problem is not None:
-            report.refused.append(f"{node.name}: {problem}")
+            report.refuse(node, problem)
         elif not report.bars(node):
             report.took(node, ranks)
             node.replace_input_with(0, softmax.inputs[0])
-            model.graph.remove(softmax, safe=True)
+            if softmax.graph is not None:  # which may be around the body that ranks
+                softmax.graph.remove(softmax, safe=True)
     return report
 
 

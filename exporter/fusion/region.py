@@ -1,7 +1,8 @@
 """What a rewrite put in: from the values it gives back to those that are computed as they were before.
 
 Between two graphs a value is kept if it has the same name and comes from the same operator over kept values. What a rewrite gives
-counts as kept for everything that reads it, so that an error is found where it arises and nowhere below.
+counts as kept for everything that reads it, so that an error is found where it arises and nowhere below. Values in the bodies of
+branches and loops are told by the paths of these (bodies.py); a region in one may begin outside of it.
 """
 
 from collections.abc import Iterable
@@ -9,46 +10,54 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from txopt.exporter.bodies import Paths, bodies_of, paths, place_of
 from txopt.exporter.fusion.report import Place
 
 
 @dataclass(frozen=True)
 class Region:
-    """A rewrite as a graph of its own: ``inputs`` are names of kept values, ``outputs`` those that the place gives."""
+    """A rewrite as a graph of its own: ``inputs`` are the names of kept values in it, by where they are in the model."""
 
     place: Place
     graph: ir.Graph
-    inputs: tuple[str, ...]
+    inputs: dict[str, str]
+    results: dict[str, str]
 
     @property
-    def outputs(self) -> tuple[str, ...]:
-        return self.place.values
+    def read(self) -> tuple[str, ...]:
+        """Where all values are that a replay needs."""
+        return (*self.inputs, *self.results)
 
 
 def regions(before: ir.Model, after: ir.Model, places: Iterable[Place]) -> dict[Place, Region | str]:
     """For each place its region in ``after``, or why there is none."""
-    places = list(places)
+    places, known = list(places), paths(after)
     given = {name for place in places for name in place.values}
-    kept = _kept(before.graph, after.graph, given)
-    values = {str(value.name): value for node in after.graph for value in node.outputs}
-    return {place: _region(after.graph, place, values, kept) for place in places}
+    kept = _kept(before, after, known, given)
+    values = {place_of(value, known): value for node in after.graph.all_nodes() for value in node.outputs}
+    order = {node: index for index, node in enumerate(after.graph.all_nodes())}
+    return {place: _region(place, values, kept, known, order) for place in places}
 
 
-def _kept(before: ir.Graph, after: ir.Graph, given: set[str]) -> set[str]:
-    old = {str(value.name): node for node in before for value in node.outputs}
-    kept = {str(value.name) for value in after.inputs} | (given & old.keys())
-    fixed = after.initializers.keys() & before.initializers.keys()
-    for node in after:
-        same = old.get(str(node.outputs[0].name)) if node.outputs else None
-        read = {str(value.name) for value in node.inputs if value is not None}
-        if same is not None and read <= kept | fixed and _equal(node, same):
-            kept |= {str(value.name) for value in node.outputs}
+def _kept(before: ir.Model, after: ir.Model, known: Paths, given: set[str]) -> set[str]:
+    paths_before = paths(before)
+    old = {place_of(value, paths_before): node for node in before.graph.all_nodes() for value in node.outputs}
+    kept = {place_of(value, known) for graph in known for value in graph.inputs} | (given & old.keys())
+    fixed = after.graph.initializers.keys() & before.graph.initializers.keys()
+    for node in after.graph.all_nodes():
+        same = old.get(place_of(node.outputs[0], known)) if node.outputs else None
+        read = {place_of(value, known) for value in node.inputs if value is not None}
+        if same is not None and read <= kept | fixed and _equal(node, same, known, paths_before):
+            kept |= {place_of(value, known) for value in node.outputs}
     return kept
 
 
-def _equal(node: ir.Node, other: ir.Node) -> bool:
+def _equal(node: ir.Node, other: ir.Node, known: Paths, known_before: Paths) -> bool:
     """Whether two nodes do the same with values of the same names."""
-    first, second = ([None if value is None else value.name for value in one.inputs] for one in (node, other))
+    first, second = (
+        [None if value is None else place_of(value, paths) for value in one.inputs]
+        for one, paths in ((node, known), (other, known_before))
+    )
     same = first == second and node.op_identifier() == other.op_identifier()
     return same and {key: _plain(value) for key, value in node.attributes.items()} == {
         key: _plain(value) for key, value in other.attributes.items()
@@ -61,12 +70,15 @@ def _plain(attribute: ir.Attr) -> object:
     return attribute.type if attribute.type in composed else attribute.value
 
 
-def _region(graph: ir.Graph, place: Place, values: dict[str, ir.Value], kept: set[str]) -> Region | str:
+def _region(
+    place: Place, values: dict[str, ir.Value], kept: set[str], known: Paths, order: dict[ir.Node, int]
+) -> Region | str:
     missing = [name for name in place.values if name not in values or name not in kept]
     if missing:
         return f"{missing[0]} is not in the graph both before and after"
     given = [values[name] for name in place.values]
     inputs: dict[ir.Value, None] = {}
+    constants: dict[ir.Value, None] = {}
     inside: set[ir.Node] = set()
     waiting = [value.producer() for value in given]
     while waiting:
@@ -74,14 +86,23 @@ def _region(graph: ir.Graph, place: Place, values: dict[str, ir.Value], kept: se
         if node is None or node in inside:
             continue
         inside.add(node)
-        if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+        if any(True for _ in bodies_of(node)):
             return f"{node.name} has a branch or loop inside"
         for value in node.inputs:
-            if value is None or value.is_initializer():
+            if value is None:
                 continue
-            if value.name in kept:
+            if value.is_initializer():
+                constants[value] = None
+            elif place_of(value, known) in kept:
                 inputs[value] = None
             else:
                 waiting.append(value.producer())
-    region = ir.convenience.extract(graph, list(inputs), given)
-    return Region(place, region, tuple(str(value.name) for value in inputs))
+    graph = alone(list(inputs), given, sorted(inside, key=lambda node: order[node]), list(constants))
+    names = ({place_of(value, known): str(value.name) for value in group} for group in (inputs, given))
+    return Region(place, graph, *names)
+
+
+def alone(inputs: list[ir.Value], outputs: list[ir.Value], nodes: list[ir.Node], constants: list[ir.Value]) -> ir.Graph:
+    """A copy of ``nodes`` as a graph of its own."""
+    view = ir.GraphView(inputs, outputs, nodes=nodes, initializers=tuple(constants), opset_imports={}, name="alone")
+    return view.clone()

@@ -9,6 +9,7 @@ together of other values' lengths holds none).
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from txopt.exporter.bodies import paths, share_equal_nodes
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.origins import origin
 from txopt.exporter.shapes import is_open, lengths_of, rank_of
@@ -16,20 +17,21 @@ from txopt.exporter.shapes import is_open, lengths_of, rank_of
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports the reshapes it saved."""
-    report = Report("Reshape", barred)
-    _share_shapes(model.graph)
-    passes.CommonSubexpressionEliminationPass()(model)  # the Concats over shapes that are one now
-    for node in [node for node in model.graph if node.op_type == "Reshape"]:
+    report = Report("Reshape", barred, paths(model))
+    for graph in report.paths:
+        _share_shapes(graph)
+    share_equal_nodes(model)  # the Concats over shapes that are one now
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Reshape"]:
         inner = node.inputs[0].producer() if node.inputs[0] is not None else None
         if inner is None or inner.op_type != "Reshape":
             continue
         if _may_copy_lengths(node):
-            report.refused.append(f"{node.name}: its shape may copy lengths of {inner.name}")
+            report.refuse(node, f"its shape may copy lengths of {inner.name}")
             continue
         if not report.bars(node):
             report.took(node, node.outputs[0])
             node.replace_input_with(0, inner.inputs[0])
-    for node in [node for node in model.graph if node.op_type == "Reshape"]:
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Reshape"]:
         x, y = node.inputs[0], node.outputs[0]
         if x is not None and y.uses() and not y.is_graph_output() and _keeps_shape(node) and not report.bars(node):
             report.took(node, *(user.outputs[0] for user, _ in y.uses()))

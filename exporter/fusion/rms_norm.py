@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from txopt.exporter.algebra import only_user, scalar
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.norm_path import (
     Scaled,
     axes_of,
@@ -39,14 +40,14 @@ class _Norm:
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a chain that does not hold is left as it was."""
-    report = Report("RMSNormalization", barred)
-    for square in [node for node in model.graph if node.op_type in ("Pow", "Mul")]:
+    report = Report("RMSNormalization", barred, paths(model))
+    for square in [node for node in model.graph.all_nodes() if node.op_type in ("Pow", "Mul")]:
         match = _match(square)
         if isinstance(match, str):
-            report.refused.append(f"{square.name}: {match}")
+            report.refuse(square, match)
         elif match is not None and not report.bars(square):
             report.took(square, match.last.outputs[0])
-            _rewrite(model.graph, match)
+            _rewrite(match)
     return report
 
 
@@ -102,17 +103,17 @@ def _dtype_problem(x: ir.Value, found: Scaled) -> str | None:
     return None
 
 
-def _rewrite(graph: ir.Graph, norm: _Norm) -> None:
+def _rewrite(norm: _Norm) -> None:
     attributes = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
     last = norm.last.name or ""
     name = f"{last.rpartition('/')[0] or last}/RMSNormalization".lstrip(
         "/"
     )  # without scopes, as dynamo names: by the node
     if norm.x.dtype == norm.weight.dtype:
-        replace(graph, norm.last, ir.node("RMSNormalization", [norm.x, norm.weight], attributes=attributes, name=name))
+        replace(norm.last, ir.node("RMSNormalization", [norm.x, norm.weight], attributes=attributes, name=name))
         return
     # The standard allows two dtypes, its own function body and ONNX Runtime do not: widen the weight, narrow the result.
     wide = ir.node("Cast", [norm.weight], attributes={"to": norm.x.dtype}, name=f"{name}/weight")
     inner = ir.node("RMSNormalization", [norm.x, wide.outputs[0]], attributes=attributes, name=name)
     narrow = ir.node("Cast", inner.outputs, attributes={"to": norm.weight.dtype}, name=f"{name}/result")
-    replace(graph, norm.last, wide, inner, narrow)
+    replace(norm.last, wide, inner, narrow)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from txopt.exporter.algebra import scalar
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion import replace as rewriting
 from txopt.exporter.fusion.columns import Columns, cut_from, size_of, width_of
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
@@ -42,14 +43,14 @@ class _Rotation:
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; two parts that are joined without being rotated are no candidates."""
-    report, tables = Report("RotaryEmbedding", barred), Tables(model.graph)
-    for node in [node for node in model.graph if node.op_type == "Concat" and len(node.inputs) == 2]:
+    report, tables = Report("RotaryEmbedding", barred, paths(model)), Tables(model.graph)
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Concat" and len(node.inputs) == 2]:
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             continue
         found = _turned(node) or _multiplied_out(node)
         match = _checked(found) if isinstance(found, _Rotation) else found
         if isinstance(match, str):
-            report.refused.append(f"{node.name}: {match}")
+            report.refuse(node, match)
         elif match is not None and not report.bars(node):
             report.took(node, match.last.outputs[0])
             _rewrite(model.graph, node, match, tables)
@@ -157,14 +158,19 @@ def _reader(node: ir.Node, op_type: str) -> ir.Node | None:
     """The one node that reads what ``node`` gives, but for its shape, if it is an ``op_type``."""
     value = node.outputs[0]
     readers = [user for user, _ in value.uses() if user.op_type != "Shape"]
-    return readers[0] if len(readers) == 1 and readers[0].op_type == op_type and not value.is_graph_output() else None
+    alone = len(readers) == 1 and readers[0].graph is node.graph and not value.is_graph_output()
+    return readers[0] if alone and readers[0].op_type == op_type else None
 
 
 def _read_elsewhere(*nodes: ir.Node | None) -> str | None:
     """What speaks against taking ``nodes`` out, of which each should be read once."""
     values = (node.outputs[0] for node in nodes if node is not None)
-    read = next((value for value in values if len(value.uses()) != 1 or value.is_graph_output()), None)
-    return None if read is None else f"something else reads {read.name}"
+    for value in values:
+        if len(value.uses()) != 1 or value.is_graph_output():
+            return f"something else reads {value.name}"
+        if any(user.graph is not value.graph for user, _ in value.uses()):
+            return f"{value.name} is read inside a branch or loop"
+    return None
 
 
 def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
@@ -255,7 +261,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, found: _Rotation, tables: Tables) -
         rotated = ir.node("RotaryEmbedding", [flat, *factors], attributes=attributes, name=name)
         by_head = ir.node("Reshape", [rotated.outputs[0], integers(graph, [0, 0, heads, size])], name=f"{name}/heads")
         nodes += [rotated, by_head]
-    rewriting.replace(graph, found.last, *nodes)
+    rewriting.replace(found.last, *nodes)
 
 
 def _uncut(x: ir.Value, width: int) -> ir.Value | None:

@@ -182,8 +182,8 @@ class Tables:
 
     def _insert(self, factor: ir.Value, nodes: list[ir.Node]) -> None:
         """Right behind the factor, before whoever reads it first."""
-        producer = factor.producer()
+        producer, graph = factor.producer(), factor.graph or self._graph  # what is made outside of a loop stays there
         if producer is not None:
-            self._graph.insert_after(producer, nodes)
+            graph.insert_after(producer, nodes)
         elif nodes:
-            self._graph.insert_before(self._graph[0], nodes)
+            graph.insert_before(graph[0], nodes)

@@ -10,6 +10,7 @@ not survive, and a scaled value that something else reads too, but for its shape
 import onnx_ir as ir
 
 from txopt.exporter.algebra import scalar
+from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 _ON_THE_WAY = ("Reshape", "Transpose")
@@ -17,25 +18,24 @@ _ON_THE_WAY = ("Reshape", "Transpose")
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; queries that nothing scales are no candidates."""
-    report = Report("Attention.scale", barred)
-    for attention in [node for node in model.graph if node.op_type == "Attention"]:
+    report = Report("Attention.scale", barred, paths(model))
+    for attention in [node for node in model.graph.all_nodes() if node.op_type == "Attention"]:
         scaling, alone = _scaling(attention)
         if scaling is None:
             continue
         (x, factor), scale = _factor(scaling), _scale(attention)
         if not alone or scaling.outputs[0].is_graph_output():
-            report.refused.append(f"{scaling.name}: something else reads the scaled queries too")
+            report.refuse(scaling, "something else reads the scaled queries too")
         elif x is None or factor <= 0:
-            report.refused.append(f"{scaling.name}: the factor is no positive constant")
+            report.refuse(scaling, "the factor is no positive constant")
         elif scale is None:
-            report.refused.append(
-                f"{scaling.name}: {attention.name} has no scale of its own, and its head size is not known"
-            )
+            report.refuse(scaling, f"{attention.name} has no scale of its own, and its head size is not known")
         elif not report.bars(scaling):
             report.took(scaling, attention.outputs[0])
             attention.attributes["scale"] = ir.AttrFloat32("scale", scale * factor)
             scaling.outputs[0].replace_all_uses_with(x)
-            model.graph.remove(scaling, safe=True)
+            if scaling.graph is not None:
+                scaling.graph.remove(scaling, safe=True)
     return report
 
 

@@ -37,7 +37,7 @@ class _Operand:
 def join_heads(model: ir.Model) -> None:
     """Changes ``model`` in place."""
     joined: dict[ir.Node, ir.Node] = {}
-    for node in [node for node in model.graph if node.op_type == "Attention"]:
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Attention"]:
         if any(value is not None for value in node.inputs[4:]) or "q_num_heads" in node.attributes:
             continue
         q, k, v = (_operand(value) for value in node.inputs[:3])
@@ -118,7 +118,7 @@ def _whole(graph: ir.Graph, operand: _Operand, joined: dict[ir.Node, ir.Node]) -
             parts = [*(_places(reshape) or ()), integers(graph, [operand.width])]
             shape = ir.node("Concat", parts, attributes={"axis": 0}, name=f"{reshape.name}/joined_shape")
             new = ir.node("Reshape", [x, shape.outputs[0]], reshape.attributes, name=f"{reshape.name}/joined")
-            joined[reshape] = _insert(graph, reshape, shape, new)
+            joined[reshape] = _insert(reshape, shape, new)
         x = joined[reshape].outputs[0]
     if split is None:
         return x
@@ -127,16 +127,17 @@ def _whole(graph: ir.Graph, operand: _Operand, joined: dict[ir.Node, ir.Node]) -
         widths = integers(graph, [heads * operand.size for heads in sizes if isinstance(heads, int)])
         name = f"{split.name}/joined"
         new = ir.node("Split", [x, widths], attributes={"axis": 2}, num_outputs=len(split.outputs), name=name)
-        joined[split] = _insert(graph, split, new)
+        joined[split] = _insert(split, new)
     return joined[split].outputs[operand.index]
 
 
-def _insert(graph: ir.Graph, like: ir.Node, *nodes: ir.Node) -> ir.Node:
+def _insert(like: ir.Node, *nodes: ir.Node) -> ir.Node:
     """Puts ``nodes`` before ``like``; the last gives what it gives, joined."""
     for node in nodes:
         for index, output in enumerate(node.outputs):
             output.name = f"{node.name}:{index}"
     for before, after in zip(like.outputs, nodes[-1].outputs, strict=True):
         after.type = before.type
-    graph.insert_before(like, nodes)
+    assert like.graph is not None, "it was found in one"
+    like.graph.insert_before(like, nodes)
     return nodes[-1]

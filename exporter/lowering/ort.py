@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from txopt.exporter.bodies import fix_names
 from txopt.exporter.graph import integers
 from txopt.exporter.lowering.blocks import lower_blocks
 from txopt.exporter.lowering.heads import join_heads
@@ -14,6 +15,7 @@ def lower(model: ir.Model, precision: str) -> None:
     """Changes ``model`` in place."""
     join_heads(model)
     _widen_masks(model)
+    fix_names(model)
 
 
 def lower_for_cpu(model: ir.Model, precision: str) -> None:
@@ -32,16 +34,17 @@ def _widen_masks(model: ir.Model) -> None:
 
     Seen with F.scaled_dot_product_attention in custom modules, whose source masks are [B,1,1,T].
     """
-    widened: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
-    for node in [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 3]:
+    widened: dict[tuple[ir.Graph | None, ir.Value, ir.Value], ir.Value] = {}
+    for node in [node for node in model.graph.all_nodes() if node.op_type == "Attention" and len(node.inputs) > 3]:
         query, mask = node.inputs[0], node.inputs[3]
         if query is None or mask is None or mask.shape is None or len(mask.shape) < 2 or mask.shape[-2] != 1:
             continue
         if query.shape is not None and query.shape[-2] == 1:
             continue
-        if (query, mask) not in widened:
-            widened[query, mask] = _expanded(model.graph, node, query, mask)
-        node.replace_input_with(3, widened[query, mask])
+        key = node.graph, query, mask
+        if key not in widened:
+            widened[key] = _expanded(model.graph, node, query, mask)
+        node.replace_input_with(3, widened[key])
 
 
 def _expanded(graph: ir.Graph, before: ir.Node, query: ir.Value, mask: ir.Value) -> ir.Value:
@@ -49,5 +52,6 @@ def _expanded(graph: ir.Graph, before: ir.Node, query: ir.Value, mask: ir.Value)
     length = ir.node("Shape", [query], attributes={"start": -2, "end": -1}, name=f"{before.name}/query_length")
     shape = ir.node("Concat", [length.outputs[0], one], attributes={"axis": 0}, name=f"{before.name}/mask_shape")
     expand = ir.node("Expand", [mask, shape.outputs[0]], name=f"{before.name}/mask")
-    graph.insert_before(before, [length, shape, expand])
+    assert before.graph is not None, "it was found in one"
+    before.graph.insert_before(before, [length, shape, expand])
     return expand.outputs[0]
