@@ -6,6 +6,7 @@ file takes the child along and nothing else. Neither side knows what the work is
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,14 @@ from typing import Any
 
 from txopt.runtime import errors
 from txopt.runtime.errors import MissingDependencyError, SourceError, TxoptError
+from txopt.runtime.termination import Terminated, terminable
 
 _ERRORS = ("SourceError", "InputError", "UsageError", "ArtifactError", "ParityError", "MissingDependencyError")
 
 # Until here everything that goes wrong is the file's doing; later it is ours.
 READING = ("read", "convert", "clean", "load")
+
+PATIENCE = 5.0  # seconds; a child may be deep in native code, where no signal reaches Python
 
 Progress = Callable[[str], None]
 
@@ -51,7 +55,7 @@ def ask(module: str, source: Path, task: Mapping[str, Any], progress: Progress |
                     answer = said
             child.wait()
         except BaseException:
-            child.kill()
+            _stop(child)
             raise
         noise.seek(max(0, noise.seek(0, os.SEEK_END) - 2000))
         last = noise.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
@@ -62,6 +66,15 @@ def ask(module: str, source: Path, task: Mapping[str, Any], progress: Progress |
         raise kind(answer["message"])
     result: dict[str, Any] = answer["result"]
     return result
+
+
+def _stop(child: subprocess.Popen[str]) -> None:
+    """Ends ``child``, which may have folders of its own to remove."""
+    child.terminate()
+    try:
+        child.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 def _death(source: Path, stage: str, code: int, last: str) -> TxoptError:
@@ -87,7 +100,11 @@ def serve(task: str, work: Callable[[Mapping[str, Any], Progress], dict[str, Any
         print(json.dumps({"stage": name}), file=answers)
 
     try:
-        answer: dict[str, Any] = {"result": work(asked, progress)}
+        with terminable():
+            answer: dict[str, Any] = {"result": work(asked, progress)}
+    except Terminated:
+        os.kill(os.getpid(), signal.SIGTERM)  # that it ended so is seen from outside
+        raise
     except TxoptError as err:
         answer = {"error": type(err).__name__, "message": str(err)}
     except ModuleNotFoundError as err:

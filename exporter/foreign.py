@@ -12,12 +12,10 @@ from typing import Any
 
 from txopt.exporter.child import Progress, ask
 from txopt.runtime.errors import ArtifactError, SourceError
-from txopt.runtime.files import read
 from txopt.runtime.writer import ArtifactWriter
+from txopt.runtime.written import OPTIMIZED, is_optimized
 
 STAGES = ("read", "convert", "clean", "fuse", "lower", "write", "prove")
-FILES = ("model.onnx", "weights.data")
-_OURS = b"\x12\x05txopt"  # producer_name, of the first fields that protobuf writes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def optimize(
     with _FolderWriter(out, overwrite=overwrite) as writer:
         asked = {"directory": str(writer.directory), "prove": prove, "in_place_cache": in_place_cache}
         found = _ask(source, progress, task="optimize", **asked)
-        sizes = {name: (writer.directory / name).stat().st_size for name in FILES}
+        sizes = {name: (writer.directory / name).stat().st_size for name in OPTIMIZED}
         writer.publish()
     return OptimizeReport(path=Path(out), source=source, files=sizes, **found)
 
@@ -132,7 +130,7 @@ def _ask(source: Path, progress: Progress | None, **asked: Any) -> dict[str, Any
 
 
 class _FolderWriter(ArtifactWriter):
-    """All of a directory or nothing, as artifacts are written; but there is no manifest, and FILES are all there is."""
+    """All of a directory or nothing, as artifacts are written; but there is no manifest, and OPTIMIZED are all there is."""
 
     def publish(self) -> None:
         """Make ``directory`` the one at ``out``.
@@ -152,7 +150,7 @@ class _FolderWriter(ArtifactWriter):
         found = sorted(file.name for file in self.out.iterdir())
         if not found:
             return
-        if found != sorted(FILES) or _OURS not in read(self.out / FILES[0], 64):
+        if found != sorted(OPTIMIZED) or not is_optimized(self.out):
             raise ArtifactError(
                 f"{self.out}: expected a new directory, found one that txopt optimize did not write, so it is never overwritten; "
                 "choose another name"

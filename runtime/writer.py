@@ -20,6 +20,7 @@ from txopt.runtime.errors import ArtifactError, TxoptError, explain
 from txopt.runtime.files import FOLDER, MANIFEST, listing, lock, name_problem, read, sha256, sync
 from txopt.runtime.manifest import LARGEST, FileEntry, Manifest
 from txopt.runtime.strict_json import limited, parse, show
+from txopt.runtime.written import check_outside, is_manifest
 
 Unlock = Callable[[], None]
 
@@ -31,14 +32,15 @@ class ArtifactWriter:
             ...                                # write files into writer.directory
             artifact = writer.commit(manifest)
 
-    Leaving the block without ``commit``, by an exception or by Ctrl-C, removes everything that was written. What a
-    killed process left is removed by the next writer of the same ``out``; an artifact that it had moved aside to
-    replace is put back.
+    Leaving the block without ``commit``, by an exception, by Ctrl-C, or by SIGTERM within ``termination.terminable``, removes
+    everything that was written. What a killed process left is removed by the next writer of the same ``out``; an artifact that it had
+    moved aside to replace is put back.
 
     Args:
         out: the artifact's future directory; missing parents are made.
         overwrite: whether an artifact at ``out`` may be replaced. It stays in place until the new one is complete.
-            Anything else at ``out`` (but an empty directory) is never touched, whatever this says.
+            Anything else at ``out`` (but an empty directory) is never touched, whatever this says, and nothing is
+            written into an artifact or an optimized model.
     """
 
     def __init__(self, out: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -52,6 +54,7 @@ class ArtifactWriter:
     def __enter__(self) -> Self:
         """Raises ArtifactError if ``out`` may not be written."""
         try:
+            check_outside(self.out)
             self._sweep()
             self._check_out()
             self._make_directory()
@@ -239,10 +242,9 @@ def foreign_content(root: Path) -> list[str]:
         document = parse(read(found.files[MANIFEST], LARGEST + 1), [])
     except ArtifactError as err:
         return [*found.problems, f"manifest.json: {err}"]
-    files = document.get("files") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or type(document.get("format")) is not int or not isinstance(files, dict):
+    if not isinstance(document, dict) or not is_manifest(document):
         return [*found.problems, "manifest.json: not of txopt: no format, or no list of files"]
-    unlisted = sorted(found.files.keys() - files.keys() - {MANIFEST})
+    unlisted = sorted(found.files.keys() - document["files"].keys() - {MANIFEST})
     return [*found.problems, *(f"{show(name)}: not a file of the artifact" for name in unlisted)]
 
 

@@ -110,6 +110,9 @@ def test_2_what_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
     done = txopt("optimize", "in.onnx", "out", "--quiet", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--overwrite" in done.stderr
+    done = txopt("optimize", "in.onnx", "out/inner", "--quiet", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is inside the optimized model" in done.stderr
     assert txopt("optimize", "in.onnx", "out", "--quiet", "--overwrite", cwd=tmp_path).returncode == 0
 
 

@@ -202,7 +202,7 @@ def test_what_is_no_page_is_never_overwritten(overwrite: bool, tmp_path: Path) -
 
 def test_a_page_is_not_written_into_the_artifact(g2p: Artifact) -> None:
     for model in (g2p.path, g2p.path / "encoder.onnx"):
-        with pytest.raises(UsageError, match="elsewhere"):
+        with pytest.raises(UsageError, match="is inside the artifact"):
             inspect(model, html=g2p.path / "page.html")
     assert Artifact.open(g2p.path)
 

@@ -13,10 +13,12 @@ from txopt.exporter.fusion import (
     log_softmax,
     qkv,
     ranking,
+    reductions,
     reshape,
     rms_norm,
     rotary,
     scale,
+    softmax,
 )
 from txopt.exporter.fusion.proof import Fusion, apply, prove
 from txopt.exporter.fusion.recording import Feeds
@@ -33,11 +35,13 @@ FUSIONS: tuple[Fusion, ...] = (
 
 # What graphs from any exporter are searched for; ours never hold a written-out attention or layer norm.
 FOREIGN: tuple[Fusion, ...] = (
+    reductions.fuse,  # before whatever looks for means, sums and largest numbers
     layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
     rms_norm.fuse,
     gelu.fuse,
     rotary.fuse,
     log_softmax.fuse,
+    softmax.fuse,  # after logarithms, whose sums of exponentials look the same; before what looks for the operator
     ranking.fuse,  # after logarithms, which may be ranked too
     einsum.fuse,  # before attention, which looks for MatMul
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of

@@ -9,7 +9,8 @@ Found from its Softmax, by meaning rather than by one spelling:
     K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew
     scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
     mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
-    around   Cast between floats, Identity, Dropout out of training, torch's guards for rows that mask everything
+    around   Cast between floats, Identity, Dropout out of training, torch's guards for rows that mask everything; Transpose, undone
+             before V, with nothing but scales and the Softmax along the keys in between
 
 Source: ONNX operators Attention (opset 23 and 24) and Softmax (opset 13). The model must be at opset 24 and its constants folded
 into initializers; a scale may also be computed from a known length. A fill of -inf or the dtype's least number becomes a boolean
@@ -18,8 +19,9 @@ mask; one that drowns every score (-1e9) is added. Rows that mask everything are
 Keys and values that are repeated for groups of heads stay repeated.
 
 Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, a mask that makes the
-scores longer, other operators in between, results inside that something else reads, batches or heads that broadcast, ranks that
-are not known. A Softmax without a MatMul of two computed values before it, or without one after it, is no attention and no refusal.
+scores longer, masks of transposed scores, columns joined to the scores (a sink) or cut from the probabilities, other operators in
+between, results inside that something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a
+MatMul of two computed values before it, or without one after it, is no attention and no refusal.
 """
 
 import math
@@ -42,7 +44,7 @@ from txopt.exporter.fusion.attention_path import (
 )
 from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
-from txopt.exporter.shapes import broadcasts, differ, length, number_of, rank_of
+from txopt.exporter.shapes import broadcasts, differ, length, number_of, order_of, rank_of
 
 _DROWNING = -1e9  # no score is large enough to show beside it
 
@@ -73,12 +75,14 @@ class _Refusal(Exception):
 
 @dataclass
 class _Chain:
-    """What was met on the way from the scores to V; ``rank`` is that of the scores here, ``heads`` the shape that cut them."""
+    """What was met on the way from the scores to V; ``rank`` is that of the scores here, ``heads`` the shape that cut them,
+    ``order`` says which of their axes each axis is (None: as they are)."""
 
     rank: int
     scale: float = 1.0
     terms: list[Term] = field(default_factory=list)
     heads: ir.Value | None = None
+    order: tuple[int, ...] | None = None
 
     def take(self, node: ir.Node, index: int) -> None:
         """One step before the Softmax; ``index`` says which input the scores are."""
@@ -87,24 +91,46 @@ class _Chain:
         elif node.op_type in ("Add", "Sub"):
             if node.op_type == "Sub" and index == 1:
                 raise _Refusal(f"{node.name} subtracts the scores")
-            self._mask_by(Term(_input(node, 1 - index), self.rank, negative=node.op_type == "Sub"))
+            self._mask_by(node.name, Term(_input(node, 1 - index), self.rank, negative=node.op_type == "Sub"))
         elif node.op_type == "Where":
             fill = _fill(node, 3 - index)
             whole = fill <= least(node.outputs[0].dtype)
-            self._mask_by(Term(_input(node, 0), self.rank, fill=fill, keeps=index == 1, whole=whole))
+            self._mask_by(node.name, Term(_input(node, 0), self.rank, fill=fill, keeps=index == 1, whole=whole))
         elif node.op_type == "Max" and len(node.inputs) == 2:
             _fill(node, 1 - index)
         elif node.op_type == "Reshape":
             self.cut(node)
+        elif node.op_type == "Transpose":
+            self.turn(node)
+        elif node.op_type == "Concat":
+            raise _Refusal(
+                f"{node.name} adds to the scores (a sink, or other keys), for which the operator has no input"
+            )
         elif not changes_nothing(node):
             raise _Refusal(f"{node.name} changes the scores")
         if rank_of(node.outputs[0]) not in (None, self.rank):
             raise _Refusal(f"{node.name} adds axes to the scores")
-        if node.op_type != "Reshape" and broadcasts(_input(node, index), node.outputs[0]):
+        if node.op_type not in ("Reshape", "Transpose") and broadcasts(_input(node, index), node.outputs[0]):
             raise _Refusal(f"{node.name} broadcasts the scores")
+
+    def turn(self, transpose: ir.Node) -> None:
+        """Axes in another order, in which they may be scaled, and softmaxed along the keys', until they are turned back."""
+        order = order_of(transpose)
+        if order is None or len(order) != self.rank:
+            raise _Refusal(f"{transpose.name} transposes the scores, and their rank is not known")
+        before = self.order or tuple(range(self.rank))
+        now = tuple(before[axis] for axis in order)
+        self.order = None if now == tuple(range(self.rank)) else now
+
+    def is_of_keys(self, axis: int) -> bool:
+        """Whether ``axis`` of the scores, as they are here, is that of the keys."""
+        order = self.order or tuple(range(self.rank))
+        return -self.rank <= axis < self.rank and order[axis] == self.rank - 1
 
     def cut(self, reshape: ir.Node) -> None:
         """[N,Q,K] to [B,H,Q,K] or back."""
+        if self.order is not None:
+            raise _Refusal(f"{reshape.name} cuts scores that were transposed")
         x, shape, rank = _input(reshape, 0), _input(reshape, 1), rank_of(reshape.outputs[0])
         cuts, joins = (self.rank, rank) == (3, 4), (self.rank, rank) == (4, 3)
         if not cuts and not (joins and self.heads is not None):
@@ -123,7 +149,9 @@ class _Chain:
             raise _Refusal(f"{node.name} scales after the mask")
         self.scale *= 1 / factor if node.op_type == "Div" else factor
 
-    def _mask_by(self, term: Term) -> None:
+    def _mask_by(self, name: str | None, term: Term) -> None:
+        if self.order is not None:
+            raise _Refusal(f"{name} masks scores that were transposed")
         if rank_of(term.value) is None:
             raise _Refusal(f"the rank of the mask {term.value.name} is not known")
         self.terms.append(term)
@@ -182,15 +210,23 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
             chain.take(step.node, step.index)
         _check_alone(step.node, reader, beside)
     axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
-    if axis not in (-1, chain.rank - 1):
+    if not chain.is_of_keys(axis):
         raise _Refusal(f"its axis is {axis}, not that of the keys")
+    if guard and chain.order is not None:
+        raise _Refusal("it is guarded, and its scores were transposed")
     _check_alone(softmax, below[0].node, guard)
     for step, reader in zip(below[:-1], following[len(above) + 1 :], strict=True):
         if step.node.op_type == "Reshape":
             chain.cut(step.node)
+        elif step.node.op_type == "Transpose":
+            chain.turn(step.node)
+        elif step.node.op_type == "Slice":
+            raise _Refusal(f"{step.node.name} cuts the probabilities, which then no longer sum to one")
         elif step.node not in guard and not changes_nothing(step.node):
             raise _Refusal(f"{step.node.name} changes the probabilities")
         _check_alone(step.node, reader, set())
+    if chain.order is not None:
+        raise _Refusal("V meets the probabilities transposed")
     return chain
 
 

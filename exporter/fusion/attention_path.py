@@ -12,8 +12,9 @@ from txopt.exporter.algebra import scalar
 from txopt.exporter.graph import FOLD_LIMIT
 from txopt.exporter.shapes import length, lengths_of
 
-_BEFORE = ("Add", "Sub", "Mul", "Div", "Where", "Max", "Cast", "Identity", "Reshape", "Tanh", "Clip")
-_AFTER = ("Add", "Mul", "Div", "Where", "Cast", "Identity", "Dropout", "Reshape")
+_UNARY = ("Cast", "Identity", "Reshape", "Clip", "Transpose")  # what follows on the way is their first input
+_BEFORE = (*_UNARY, "Add", "Sub", "Mul", "Div", "Where", "Max", "Tanh", "Concat")
+_AFTER = ("Add", "Mul", "Div", "Where", "Cast", "Identity", "Dropout", "Reshape", "Transpose", "Slice")
 _FARTHEST = 12  # nodes; a path is rarely longer than six
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -41,7 +42,7 @@ def _climb(value: ir.Value | None, left: int, seen: set[ir.Node]) -> list[Step]:
     if node.op_type not in _BEFORE:
         return []
     first = 1 if node.op_type == "Where" else 0
-    last = 1 if node.op_type in ("Cast", "Identity", "Reshape", "Clip") else len(node.inputs)
+    last = 1 if node.op_type in _UNARY else len(node.inputs)
     for index in range(first, last):
         if steps := _climb(node.inputs[index], left - 1, seen):
             return [*steps, Step(node, index)]

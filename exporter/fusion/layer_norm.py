@@ -6,22 +6,25 @@
 The division may be a product with Reciprocal, 1 / root or Pow(-0.5), the three factors may stand in any order, and TensorFlow's
 x s + (bias - mean s) with s = weight / root is the same. Means are over the last axes, one or several.
 Source: ONNX operator LayerNormalization (opset 17), whose ``stash_type=1`` computes statistics in fp32 whatever surrounds it.
-Refused, with the node's name: another exponent, other axes or axes that are dropped, an epsilon, weight or bias that is no
-constant, no weight at all, float64, and results inside that something else reads.
+Refused, with the node's name: another exponent, a variance over n - 1 (torch's ``unbiased=True``) or otherwise scaled, other axes or
+axes that are dropped, an epsilon, weight or bias that is no constant, no weight at all, float64, and results inside that something
+else reads.
 """
 
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from txopt.exporter.algebra import only_user, scalar
+from txopt.exporter.algebra import close, only_user, scalar
 from txopt.exporter.bodies import paths
+from txopt.exporter.fusion.columns import size_of
 from txopt.exporter.fusion.norm_path import (
     axes_of,
     before_widening,
     drops_axes,
     inverse,
     more_axes,
+    multiplied,
     power,
     read_elsewhere,
     scaled,
@@ -29,6 +32,9 @@ from txopt.exporter.fusion.norm_path import (
 )
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
+
+# Between a scaled variance and its root: the axis that it was computed without.
+_PUT_BACK = ("Reshape", "Unsqueeze", "Shape")
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,12 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
 def _match(variance: ir.Node) -> _Norm | str | None:
     """The norm, a reason of refusal, or None where this is no norm at all."""
     found = _statistics(variance)
-    if found is None or not {user.op_type for user, _ in variance.outputs[0].uses()} & {"Add", "Sqrt", "Pow"}:
+    scaled_variance, factor = multiplied(variance.outputs[0])
+    readers = {user.op_type for user, _ in scaled_variance.uses()}
+    if found is None or not readers & {"Add", "Sqrt", "Pow", *(_PUT_BACK if factor != 1 else ())}:
         return None
+    if factor != 1:
+        return f"the variance is multiplied by {factor:g}{_unbiased(found, factor)}"
     axis = _axis(found)
     if isinstance(axis, str):
         return axis
@@ -98,6 +108,12 @@ def _match(variance: ir.Node) -> _Norm | str | None:
     problem = shape_problem(x, axis, weight, bias) or _dtype_problem(x, weight, bias) or more_axes(x, *shifted.inputs)
     problem = problem or read_elsewhere(last, found.x, weight)
     return problem or _Norm(x, weight, bias, epsilon, axis, last)
+
+
+def _unbiased(found: _Statistics, factor: float) -> str:
+    width = size_of(found.x, -1)
+    over = width is not None and width > 1 and close(factor, width / (width - 1), found.x.dtype)
+    return f", as by torch's x.var() of {width}; unbiased=False is what the operator computes" if over else ""
 
 
 def _statistics(variance: ir.Node) -> _Statistics | None:

@@ -35,6 +35,17 @@ def drops_axes(mean: ir.Node) -> bool:
     return "keepdims" in mean.attributes and not mean.attributes["keepdims"].as_int()
 
 
+def multiplied(value: ir.Value) -> tuple[ir.Value, float]:
+    """What numbers make of ``value`` by Mul and Div, one after the other, and their product."""
+    factor = 1.0
+    while (node := only_user(value, "Mul") or only_user(value, "Div")) is not None:
+        number = scalar(node.inputs[1 if node.inputs[0] is value else 0])
+        if not number or (node.op_type == "Div" and node.inputs[0] is not value):
+            break
+        value, factor = node.outputs[0], factor / number if node.op_type == "Div" else factor * number
+    return value, factor
+
+
 def power(shifted: ir.Node) -> tuple[ir.Node | None, float]:
     """The root of a sum, and its exponent."""
     if (root := only_user(shifted.outputs[0], "Sqrt")) is not None:

@@ -4,8 +4,9 @@
 
 The division may be a product with Reciprocal, 1 / root or Pow(-0.5), the three factors may stand in any order, and the weight may
 be 1 + a constant. Source: ONNX operator RMSNormalization (opset 23); with casts around it, its ``stash_type=1`` says the same:
-statistics in fp32. Refused, with the node's name: an exponent other than 2, another axis or one that is dropped, an epsilon
-outside the root, an epsilon or weight that is no constant, no weight at all, float64, an intermediate that something else reads.
+statistics in fp32. Refused, with the node's name: an exponent other than 2, squares that are summed, another axis or one that is
+dropped, an epsilon outside the root (of a ReduceL2, too), an epsilon or weight that is no constant, no weight at all, float64, an
+intermediate that something else reads.
 """
 
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from txopt.exporter.fusion.norm_path import (
     drops_axes,
     inverse,
     more_axes,
+    multiplied,
     power,
     read_elsewhere,
     scaled,
@@ -41,8 +43,8 @@ class _Norm:
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a chain that does not hold is left as it was."""
     report = Report("RMSNormalization", barred, paths(model))
-    for square in [node for node in model.graph.all_nodes() if node.op_type in ("Pow", "Mul")]:
-        match = _match(square)
+    for square in [node for node in model.graph.all_nodes() if node.op_type in ("Pow", "Mul", "ReduceL2")]:
+        match = _of_length(square) if square.op_type == "ReduceL2" else _match(square) or _of_sum(square)
         if isinstance(match, str):
             report.refuse(square, match)
         elif match is not None and not report.bars(square):
@@ -75,6 +77,27 @@ def _match(square: ir.Node) -> _Norm | str | None:
     if x.dtype == ir.DataType.DOUBLE:
         return "it computes in float64, the operator's statistics are float32"
     return _end(square, shifted, x, epsilon)
+
+
+def _of_sum(square: ir.Node) -> str | None:
+    """What is wrong with a norm that sums squares; None where they are no norm's."""
+    total = only_user(square.outputs[0], "ReduceSum")
+    if total is None or (square.op_type == "Mul" and square.inputs[0] is not square.inputs[1]):
+        return None
+    shifted = only_user(multiplied(total.outputs[0])[0], "Add")
+    if shifted is None or power(shifted)[0] is None or not any(scalar(value) is not None for value in shifted.inputs):
+        return None
+    return f"{total.name} sums the squares, the operator averages them"
+
+
+def _of_length(length: ir.Node) -> str | None:
+    """What is wrong with x / (its length + epsilon); None where that is not what divides x."""
+    shifted = only_user(multiplied(length.outputs[0])[0], "Add")
+    if shifted is None or not any(scalar(value) is not None for value in shifted.inputs):
+        return None
+    divided = [user for user, index in shifted.outputs[0].uses() if user.op_type == "Div" and index == 1]
+    is_norm = any(user.inputs[0] is length.inputs[0] for user in divided)
+    return "epsilon is added to the root, not inside of it" if is_norm else None
 
 
 def _end(square: ir.Node, shifted: ir.Node, x: ir.Value, epsilon: float) -> _Norm | str:

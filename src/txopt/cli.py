@@ -1,6 +1,7 @@
 """The command line: options in, exit codes out. Every command's work lives in the library and is imported when it runs.
 
-Exit codes: 0 done, 1 a defect of txopt, 2 wrong usage or input, 3 refused by a gate, 4 an optional package is missing.
+Exit codes: 0 done, 1 a defect of txopt, 2 wrong usage or input, 3 refused by a gate, 4 an optional package is missing; 130 and 143
+after Ctrl-C and SIGTERM.
 """
 
 import sys
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_INTERRUPTED, _TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
 
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact's directory")]
 Json = Annotated[bool, typer.Option("--json", help="exactly one JSON document on stdout")]
@@ -317,9 +320,11 @@ def root(
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs a command, turns errors into messages and exit codes; ``arguments`` None: the process's own."""
     from txopt.console import fail
+    from txopt.runtime.termination import Terminated, terminable
 
     try:
-        app(arguments, standalone_mode=True)
+        with terminable():
+            app(arguments, standalone_mode=True)
     except TxoptError as err:
         sys.exit(fail(err))
     except BrokenPipeError:
@@ -327,9 +332,13 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as err:  # what commands read and write raises errors of ours; this is the output itself
         print(f"error: the output cannot be written: {err.strerror or err}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left half written", file=sys.stderr)
-        sys.exit(130)
+    except Terminated:
+        print("terminated; nothing was left half written", file=sys.stderr)
+        sys.exit(_TERMINATED)
+    except SystemExit as done:
+        if done.code == _INTERRUPTED:  # typer makes it of Ctrl-C, and says nothing
+            print("interrupted; nothing was left half written", file=sys.stderr)
+        raise
 
 
 def _console(quiet: bool, verbose: bool, as_json: bool) -> Any:

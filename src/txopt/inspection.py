@@ -24,7 +24,7 @@ def inspect(path: Path, *, html: Path | None = None, overwrite: bool = False) ->
     else:
         from txopt.page import file
 
-        file.check(html, path, overwrite=overwrite)
+        file.check(html, overwrite=overwrite)
     is_graph = path.suffix == ".onnx" and not path.is_dir()
     document, text, page = _of_onnx(path, html) if is_graph else _of_artifact(path, html)
     if html is None or page is None:

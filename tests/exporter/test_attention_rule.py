@@ -1,74 +1,17 @@
 """Written-out attention in foreign graphs: every spelling that fuses, what must not and why, and that the numbers stay."""
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
+from tests.exporter.attention_graphs import feeds, model
 from tests.exporter.plain_engine import run, scale_attention
 from txopt.exporter.fusion.attention import fuse
 from txopt.exporter.graph import count
 
-Array = NDArray[Any]
-
 FP32 = {"rtol": 0.0, "atol": 1e-5}
 FP16 = {"rtol": 0.0, "atol": 4e-3}
-
-# By head, as torch's modules lay them out, and with batch and heads in one axis.
-INPUTS = {
-    "q": "float[B,2,Q,4]",
-    "k": "float[B,2,K,4]",
-    "v": "float[B,2,K,4]",
-    "k_by_token": "float[B,K,2,4]",
-    "k_single": "float[1,2,K,4]",
-    "k_one": "float[B,1,K,4]",
-    "v_one": "float[B,1,K,4]",
-    "q3": "float[N,Q,4]",
-    "k3": "float[N,K,4]",
-    "v3": "float[N,K,4]",
-    "q5": "float[B,3,2,Q,4]",
-    "k5": "float[B,3,2,K,4]",
-    "v5": "float[B,3,2,K,4]",
-    "bias5": "float[B,1,2,Q,K]",
-    "bias": "float[B,1,Q,K]",
-    "position": "float[1,2,Q,K]",
-    "row": "float[B,1,1,K]",
-    "plane": "float[Q,K]",
-    "bias3": "float[N,Q,K]",
-    "keep": "bool[B,1,Q,K]",
-    "hide": "bool[B,1,1,K]",
-    "rows": "int64[1]",
-}
-SIZES = {"B": 2, "N": 4, "Q": 3, "K": 5}
-
-CONSTANTS: dict[str, Array] = {
-    "half": np.array(0.5, np.float32),
-    "root_half": np.array([0.5**0.5], np.float32),
-    "two": np.array(2, np.float32),
-    "one": np.array(1, np.float32),
-    "minus": np.array(-0.5, np.float32),
-    "zero": np.array(0, np.float32),
-    "lowest": np.array(np.finfo(np.float32).min, np.float32),
-    "infinite": np.array(-np.inf, np.float32),
-    "billion": np.array(-1e9, np.float32),
-    "thousands": np.array(-1e4, np.float32),
-    "no": np.array(False),
-    "yes": np.array(True),
-    "ratio": np.array(0.1, np.float32),
-    "keys": np.array([-1], np.int64),
-    "by_head": np.array([-1, 2, 3, 5], np.int64),
-    "by_known": np.array([2, 2, -1, 5], np.int64),
-    "joined": np.array([-1, 3, 5], np.int64),
-    "wrongly": np.array([-1, 2, 5, 3], np.int64),
-    "shape_k3": np.array([-1, 5, 4], np.int64),
-    "shape_kt": np.array([2, 2, 4, 5], np.int64),
-    "weight": np.linspace(-1, 1, 20, dtype=np.float32).reshape(4, 5),
-    "values": np.linspace(-1, 1, 20, dtype=np.float32).reshape(5, 4),
-    "head_mask": np.array([1, 0.5], np.float32).reshape(1, 2, 1, 1),
-}
 
 KT = "kt = Transpose<perm=[0,1,3,2]>(k) "
 KT3 = "kt = Transpose<perm=[0,2,1]>(k3) "
@@ -208,6 +151,19 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         1,
         {"Slice": 3, "Shape": 2, "Concat": 4, "Reshape": 4},
     ),
+    "scores and probabilities turned": (
+        S + "a = Transpose<perm=[0,1,3,2]>(s) m = Mul(a, half) p = Softmax<axis=2>(m) o = Transpose<perm=[0,1,3,2]>(p) "
+        "y = MatMul(o, v)",
+        0.5,
+        {},
+    ),
+    "scores turned and back, masked behind that": (
+        S
+        + "a = Transpose<perm=[0,2,3,1]>(s) m = Mul(a, half) t = Transpose<perm=[0,3,1,2]>(m) b = Add(t, bias) "
+        + P.format("b"),
+        0.5,
+        {},
+    ),
     "three axes, cut for V": (
         S3 + "h = Reshape(s, by_head) " + P.format("h"),
         1,
@@ -239,6 +195,38 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
         "kt = Transpose<perm=[0,1,3,2]>(k_single) s = MatMul(q, kt) " + P.format("s"),
         "the batches",
     ),
+    "a mask of turned scores": (
+        S + "a = Transpose<perm=[0,1,3,2]>(s) m = Add(a, turned) p = Softmax<axis=2>(m) o = Transpose<perm=[0,1,3,2]>(p) "
+        "y = MatMul(o, v)",
+        "block/Add_3 masks scores that were transposed",
+    ),
+    "turned scores cut": (
+        S3 + "a = Transpose<perm=[0,2,1]>(s) h = Reshape(a, turned_heads) p = Softmax<axis=2>(h) j = Reshape(p, turned_joined) "
+        "o = Transpose<perm=[0,2,1]>(j) y = MatMul(o, v3)",
+        "cuts scores that were transposed",
+    ),
+    "keys by queries": (
+        "qt = Transpose<perm=[0,1,3,2]>(q) s = MatMul(k, qt) p = Softmax<axis=2>(s) o = Transpose<perm=[0,1,3,2]>(p) "
+        "y = MatMul(o, v)",
+        "its axis is 2, not that of the keys",
+    ),
+    "turned scores guarded": (
+        S + "a = Transpose<perm=[0,1,3,2]>(s) p = Softmax<axis=2>(a) n = IsNaN(p) g = Where(n, zero, p) "
+        "o = Transpose<perm=[0,1,3,2]>(g) y = MatMul(o, v)",
+        "it is guarded, and its scores were transposed",
+    ),
+    "probabilities turned alone": (
+        S + "p = Softmax(s) o = Transpose<perm=[0,1,3,2]>(p) y = MatMul(o, q)",
+        "V meets the probabilities transposed",
+    ),
+    "a sink": (
+        S + "c = Concat<axis=-1>(s, sinks) p = Softmax(c) o = Slice(p, first, last_one, keys) y = MatMul(o, v)",
+        "block/Concat_2 adds to the scores (a sink, or other keys)",
+    ),
+    "a column less": (
+        S + "p = Softmax(s) o = Slice(p, first, last_one, keys) t = Slice(v, first, last_one, rows_axis) y = MatMul(o, t)",
+        "block/Slice_3 cuts the probabilities",
+    ),
     "six axes": (
         "a = Unsqueeze(q5, keys) kt = Transpose<perm=[0,1,2,3,5,4]>(a) s = MatMul(a, kt) p = Softmax(s) y = MatMul(p, a)",
         "6 axes",
@@ -256,43 +244,6 @@ NO_ATTENTION = {
     "probabilities without values": S + "y = Softmax(s)",
     "weights for values": "p = Softmax(q) y = MatMul(p, k)",
 }
-
-
-def model(nodes: str, dtype: str = "float") -> ir.Model:
-    words = set(nodes.replace("(", " ").replace(")", " ").replace(",", " ").split())
-    inputs = {name: kind.replace("float", dtype) for name, kind in INPUTS.items() if name in words}
-    if "any" in words:
-        inputs["any"] = "int64[M]"
-    header = ", ".join(f"{kind} {name}" for name, kind in inputs.items())
-    axes = "a,b,c" if "v3" in words else "a,b,c,d,e" if "v5" in words else "a,b,c,d"
-    text = f'<ir_version: 10, opset_import: ["" : 24]> attention ({header}) => ({dtype}[{axes}] y) {{ {nodes} }}'
-    proto = onnx.parser.parse_model(text)
-    for index, node in enumerate(proto.graph.node):
-        node.name = f"block/{node.op_type}_{index}"
-    for name in sorted(words & CONSTANTS.keys()):
-        value = CONSTANTS[name]
-        if value.dtype == np.float32 and dtype == "float16" and name not in ("ratio", "lowest"):
-            value = value.astype(np.float16)
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
-
-
-def feeds(graph: ir.Model) -> dict[str, Array]:
-    """Random inputs; every query keeps its first key, but for query 1, which keeps none where a guard looks after it."""
-    source = np.random.default_rng(0)
-    guarded = "IsNaN" in count(graph) or {"ReduceMin", "ReduceMax"} & count(graph).keys()
-    arrays: dict[str, Array] = {}
-    for value in graph.graph.inputs:
-        name, kind = str(value.name), INPUTS[str(value.name)]
-        shape = [SIZES.get(axis) or int(axis) for axis in kind.partition("[")[2].rstrip("]").split(",")]
-        if kind.startswith("bool"):
-            arrays[name] = source.random(shape) < 0.6
-            arrays[name][..., 0] = name == "keep"
-            if guarded and name == "keep":
-                arrays[name][:, :, 1] = False
-        else:
-            arrays[name] = source.normal(size=shape).astype(value.dtype.numpy() if value.dtype else np.float32)
-    return arrays
 
 
 def bytes_of(graph: ir.Model) -> bytes:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from txopt.exporter import child, foreign, foreign_original, foreign_parity, onnx_file
 from txopt.exporter.difference import difference
 from txopt.runtime.errors import ArtifactError, ParityError, SourceError, TxoptError
+from txopt.runtime.written import OPTIMIZED
 
 LAYER_NORM = (
     "m = ReduceMean<axes = [-1]>(h) d = Sub(h, m) q = Pow(d, two) v = ReduceMean<axes = [-1]>(q) e = Add(v, epsilon) "
@@ -66,7 +67,7 @@ def test_a_norm_is_fused_proved_and_written(tmp_path: Path) -> None:
     assert len(sizes) == 2
     assert all(sizes[0][axis] != sizes[1][axis] for axis in ("batch", "length"))
     assert left(tmp_path) == {"in.onnx", "out"}
-    assert left(tmp_path / "out") == set(foreign.FILES)
+    assert left(tmp_path / "out") == set(OPTIMIZED)
     written = onnx.load(tmp_path / "out" / "model.onnx")
     onnx.checker.check_model(tmp_path / "out" / "model.onnx", full_check=True)
     assert [(entry.domain, entry.version) for entry in written.opset_import] == [("", 24)]
@@ -78,7 +79,7 @@ def test_a_norm_is_fused_proved_and_written(tmp_path: Path) -> None:
 def test_nothing_to_fuse_is_said_and_written_all_the_same(tmp_path: Path) -> None:
     report = foreign.optimize(saved(proto(PLAIN), tmp_path), tmp_path / "out")
     assert report.fused == 0
-    assert left(tmp_path / "out") == set(foreign.FILES)
+    assert left(tmp_path / "out") == set(OPTIMIZED)
 
 
 @pytest.mark.parametrize("opset", [11, 17, 21, 24])
@@ -322,12 +323,12 @@ def test_lengths_that_are_sums_follow_their_names(tmp_path: Path) -> None:
 def test_what_was_written_before_is_replaced_only_when_asked(tmp_path: Path) -> None:
     file, out = saved(proto(PLAIN), tmp_path), tmp_path / "out"
     foreign.optimize(file, out)
-    before = {name: (out / name).read_bytes() for name in foreign.FILES}
+    before = {name: (out / name).read_bytes() for name in OPTIMIZED}
     with pytest.raises(ArtifactError, match="--overwrite"):
         foreign.optimize(file, out)
-    assert {name: (out / name).read_bytes() for name in foreign.FILES} == before
+    assert {name: (out / name).read_bytes() for name in OPTIMIZED} == before
     assert foreign.optimize(saved(proto(), tmp_path), out, overwrite=True).fused == 1
-    assert {name: (out / name).read_bytes() for name in foreign.FILES} != before
+    assert {name: (out / name).read_bytes() for name in OPTIMIZED} != before
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match="did not write"):
         foreign.optimize(file, out, overwrite=True)
@@ -347,7 +348,7 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     file = saved(proto(), tmp_path)
     for name in ("one", "two"):
         foreign.optimize(file, tmp_path / name)
-    for name in foreign.FILES:
+    for name in OPTIMIZED:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

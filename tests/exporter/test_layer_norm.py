@@ -26,6 +26,8 @@ CONSTANTS = {
     "two64": np.array(2.0),
     "epsilon64": np.array(EPSILON),
     "half": np.array(0.5),
+    "seven": np.array(7.0),
+    "eight": np.array(8.0),
     "minus_half": np.array(-0.5),
     "epsilon": np.array(EPSILON),
     "negative": np.array(-EPSILON),
@@ -77,6 +79,17 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
         MEANS + "q = Mul(d, d) v = ReduceMean(q, last) r = Sqrt(v) e = Add(r, epsilon) n = Div(d, e) " + END,
         "no constant epsilon",
     ),
+    "a variance over one fewer": (
+        NORMAL.replace("e = Add(v,", "t = Mul(v, eight) u = Div(t, seven) e = Add(u,"),
+        "the variance is multiplied by 1.14286, as by torch's x.var() of 8",
+    ),
+    "a deviation over one fewer": (
+        MEANS
+        + "q = Mul(d, d) v = ReduceMean(q, last) t = Mul(v, eight) u = Div(t, seven) r = Sqrt(u) e = Add(r, epsilon) "
+        "n = Div(d, e) " + END,
+        "the variance is multiplied by 1.14286, as by torch's x.var() of 8",
+    ),
+    "a variance that is scaled": (NORMAL.replace("e = Add(v,", "t = Mul(v, half) e = Add(t,"), "is multiplied by 0.5"),
     "no root": (VARIANCE + "n = Div(d, e) " + END, "not used as a root alone"),
     "divided the other way": (ROOT + "n = Div(r, d) " + END, "not divided by alone"),
     "another value divided": (ROOT + "n = Div(x, r) " + END, "not the one that is divided"),

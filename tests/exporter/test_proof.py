@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from tests.exporter.attention_graphs import feeds, model
 from tests.exporter.plain_engine import scale_attention
-from tests.exporter.test_attention_rule import feeds, model
 from txopt.exporter import foreign_child, pipeline
 from txopt.exporter.fusion import attention, fuse, proof, qkv, rms_norm, scale
 from txopt.exporter.fusion.report import NOTHING, Report

@@ -222,6 +222,21 @@ def dropping_the_axis() -> Chain:
     return chain
 
 
+def summing() -> Chain:
+    chain = Chain()
+    chain.nodes[1].op_type = "ReduceSum"
+    return chain
+
+
+def summing_and_scaling() -> Chain:
+    """By another number than how many there are."""
+    chain = summing()
+    chain.constants["quarter"] = np.array(0.25, np.float32)
+    chain.nodes[1].output[0] = "sum"
+    chain.nodes.insert(2, onnx.helper.make_node("Mul", ["sum", "quarter"], ["mean"], name="block/quarter"))
+    return chain
+
+
 def without_weight() -> Chain:
     chain = Chain()
     chain.nodes = chain.nodes[:-1]
@@ -247,6 +262,8 @@ NEAR_MISSES: dict[str, tuple[Chain, str]] = {
     "another value scaled": (scaling_something_else(), "not the one that is divided or scaled"),
     "a multiple scaled": (scaling_a_multiple(), "something else is multiplied in between"),
     "no weight": (without_weight(), "no constant weight vector"),
+    "a sum": (summing(), "block/mean sums the squares, the operator averages them"),
+    "a sum scaled": (summing_and_scaling(), "block/mean sums the squares, the operator averages them"),
 }
 
 
@@ -274,3 +291,28 @@ def test_a_power_without_a_mean_is_no_norm_and_no_refusal() -> None:
     chain.nodes = [onnx.helper.make_node("Pow", ["x", "exponent"], ["y"])]
     report = fuse(chain.model())
     assert (report.fused, report.refused) == (0, [])
+
+
+LENGTHS = {
+    "a length and epsilon": (
+        "n = ReduceL2(x, axes) s = Mul(n, half) e = Add(s, epsilon) d = Div(x, e) y = Mul(d, weight)",
+        1,
+    ),
+    "a length alone": ("n = ReduceL2(x, axes) d = Div(x, n) y = Mul(d, weight)", 0),
+    "a length that divides something else": ("n = ReduceL2(x, axes) e = Add(n, epsilon) y = Div(weight, e)", 0),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_a_vectors_length_with_epsilon_behind_the_root_is_left_alone_and_says_why(name: str) -> None:
+    nodes, refused = LENGTHS[name]
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 24]> norm (float[B,T,8] x) => (float[B,T,8] y) {{ {nodes} }}'
+    )
+    proto.graph.node[0].name = "block/length"
+    constants = {**Chain().constants, "half": np.array(0.5, np.float32)}
+    used = {one for node in proto.graph.node for one in node.input} & constants.keys()
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(constants[one], one) for one in sorted(used))
+    report = fuse(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
+    assert report.fused == 0
+    assert report.refused == ["block/length: epsilon is added to the root, not inside of it"] * refused

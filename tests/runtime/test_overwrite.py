@@ -115,6 +115,34 @@ def test_the_current_directory_is_not_replaced(place: Path, monkeypatch: pytest.
         pass
 
 
+@pytest.mark.parametrize("inner", ["inner", "engines/inner", "deep/er/inner", "link/inner"])
+def test_nothing_is_written_into_an_artifact(place: Path, inner: str) -> None:
+    """Where it would be in the way of the next overwriting of that."""
+    write(place / "out")
+    if inner.startswith("link"):
+        (place / "link").symlink_to("out")
+    before = tree(place)
+    out = place / inner if inner.startswith("link") else place / "out" / inner
+    with pytest.raises(ArtifactError, match="is inside the artifact"), ArtifactWriter(out, overwrite=True):
+        pytest.fail("the export must not even start")
+    assert tree(place) == before
+
+
+def test_nothing_is_written_into_an_optimized_model(place: Path) -> None:
+    (place / "out").mkdir()
+    (place / "out" / "weights.data").write_bytes(b"")
+    (place / "out" / "model.onnx").write_bytes(b"\x08\x0a\x12\x05txopt")
+    with pytest.raises(ArtifactError, match="is inside the optimized model"), ArtifactWriter(place / "out" / "inner"):
+        pytest.fail("the export must not even start")
+
+
+@pytest.mark.parametrize("make", [users_directory, foreign_manifest, damaged_manifest])
+def test_any_other_directory_may_be_written_into(place: Path, make: Callable[[Path], None]) -> None:
+    make(place / "out")
+    write(place / "out" / "inner")
+    Artifact.open(place / "out" / "inner")
+
+
 def test_a_parent_that_is_a_file_is_refused(place: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be written"), ArtifactWriter(place / "thesis.txt" / "out"):
         pass

@@ -6,19 +6,16 @@ import secrets
 from pathlib import Path
 
 from txopt.runtime.errors import UsageError
-from txopt.runtime.files import MANIFEST, read, sync
+from txopt.runtime.files import read, sync
+from txopt.runtime.written import check_outside
 
 MARK = b"<!doctype html>\n<!-- written by txopt inspect -->\n"
 
 
-def check(target: Path, model: Path, *, overwrite: bool) -> None:
-    """Raises UsageError if a page of ``model`` may not be written to ``target``."""
-    artifact = model if model.is_dir() else model.parent
+def check(target: Path, *, overwrite: bool) -> None:
+    """Raises UsageError if a page may not be written to ``target``."""
     folder = Path(os.path.realpath(target.parent))
-    if (artifact / MANIFEST).is_file() and folder.is_relative_to(os.path.realpath(artifact)):
-        raise UsageError(
-            f"{target}: is inside the artifact, which holds the files of its manifest and no others; write the page elsewhere"
-        )
+    check_outside(folder / target.name)
     if not folder.is_dir():
         raise UsageError(f"{target}: expected a directory {target.parent} to write to, found none; make it first")
     if not os.path.lexists(target):
