@@ -13,7 +13,7 @@ from txopt.calibration.quantize import blocks_of, constant, is_table, is_weight,
 from txopt.exporter.graph import integers
 
 CONTRIB = "com.microsoft"
-ACCURACY = 4  # int8 activations; 0 would leave them in float32, some twenty times slower
+ACCURACY = 4  # int8 activations; 0 would leave them in float32, which is many times slower
 
 
 def lower_blocks(model: ir.Model) -> None:
