@@ -30,6 +30,7 @@ from txopt.exporter import graph as graphs
 from txopt.exporter import products, weights
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.lowering.floats import raise_blocks
+from txopt.exporter.lowering.rows import round_activations
 from txopt.runtime import cases
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.files import MANIFEST
@@ -101,11 +102,14 @@ def attempt(
     floats = {name: model.clone() for name, model in models.items()}
     for model in floats.values():
         unfold(model.graph)
+    meant = _rounding_rows(floats, blocks)
     write_answers(artifact, floats, directory)
     for model in models.values():
         LOWERINGS[artifact.manifest.target](model, ground.precision)
     proved = products.prove(models, blocks)
     around = _around(artifact, models, blocks, directory)
+    if meant:
+        write_answers(artifact, meant, directory)
     manifest, verdict = finish(ground, models, writer, report)
     calibration = {
         "scheme": _scheme(recipe),
@@ -171,6 +175,21 @@ def twin(artifact: Artifact, models: Mapping[str, ir.Model], directory: Path) ->
     weights.write(models, directory)
     _copy_rest(artifact, directory)
     return Artifact(path=directory, manifest=artifact.manifest)
+
+
+def _rounding_rows(floats: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]]) -> dict[str, ir.Model]:
+    """Twins of all graphs, in which activations are rounded too before weights in whole columns; none where there are no such weights.
+
+    How they are is written in the graph, not left to the engine as with weights in blocks: it is part of what the artifact means.
+    """
+    columns = {
+        name: {f"{weight}/rounded" for weight, each in mine.items() if each.scheme.block is None}
+        for name, mine in blocks.items()
+    }
+    meant = {name: model.clone() for name, model in floats.items()} if any(columns.values()) else {}
+    for name, model in meant.items():
+        round_activations(model.graph, columns[name])
+    return meant
 
 
 def write_answers(

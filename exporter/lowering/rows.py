@@ -9,9 +9,12 @@ with int8), and of two scales. With m the largest magnitude in a row of x:
 A row has its own scale and sums of integers are exact, so that a row's product is equal to the bit in any batch.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
+from txopt.calibration.linears import Role, reads
 from txopt.calibration.quantize import constant, is_table, is_weight, remove
 from txopt.exporter.lowering.tables import look_up
 
@@ -37,6 +40,14 @@ def lower_rows(model: ir.Model) -> None:
             remove(graph, node)
     if any(node.op_type == PRODUCT for node in graph):
         model.opset_imports[CONTRIB] = 1
+
+
+def round_activations(graph: ir.Graph, weights: Collection[str]) -> None:
+    """What ``lower_rows`` means, in float32: products with these initializers of ``graph`` read what their integers stand for."""
+    rounded = _Rows(graph)
+    for read in reads(graph):
+        if read.role is not Role.TABLE and read.name in weights:
+            rounded.stand_in(read.node)
 
 
 def activations_of(product: ir.Node) -> ir.Value:
@@ -88,6 +99,22 @@ class _Rows:
         self._graph.insert_before(product, [made, scaled])
         result.replace_all_uses_with(new, replace_graph_outputs=True)
         self._graph.remove(product, safe=True)
+
+    def stand_in(self, product: ir.Node) -> None:
+        """``product`` in float32, of the rounded activations."""
+        x = product.inputs[0]
+        assert x is not None, "MatMul has two inputs"
+        if x not in self._rounded:
+            self._rounded[x] = self._round(x)
+        q, magnitude = self._rounded[x]
+        name = f"{product.outputs[0].name}/rows"
+        wide = ir.node("Cast", [q], attributes={"to": ir.DataType.FLOAT}, name=f"{name}/wide")
+        middle = self._number("middle/float", np.float32(MIDDLE))
+        codes = ir.node("Sub", [wide.outputs[0], middle], name=f"{name}/codes")
+        step = ir.node("Mul", [magnitude, self._number("step", np.float32(1 / LARGEST))], name=f"{name}/step")
+        values = ir.node("Mul", [codes.outputs[0], step.outputs[0]], name=f"{name}/values")
+        self._graph.insert_before(product, [wide, codes, step, values])
+        product.replace_input_with(0, values.outputs[0])
 
     def _round(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
         """q like ``x`` in uint8, and m [..,1]."""

@@ -20,7 +20,7 @@ from txopt.calibration.rounding import round_to_nearest
 from txopt.exporter import row_products
 from txopt.exporter.lowering.floats import raise_blocks
 from txopt.exporter.lowering.ort import lower_for_cpu
-from txopt.exporter.lowering.rows import PRODUCT, lower_rows
+from txopt.exporter.lowering.rows import PRODUCT, lower_rows, round_activations
 from txopt.exporter.products import TOLERANCE, prove
 from txopt.exporter.row_products import round_rows
 from txopt.runtime.errors import ParityError
@@ -171,3 +171,14 @@ def test_an_engine_that_saturates_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(row_products, "_run", lambda *given: np.clip(engine(*given), -1000, 1000))
     with pytest.raises(ParityError, match=r"decoder: .* is off by"):
         prove({"decoder": model}, {"decoder": blocks})
+
+
+def test_what_is_meant_can_be_computed_in_float32() -> None:
+    model, _ = placed(TIED, **WEIGHTS)
+    meant = model.clone()
+    unfold(meant.graph)
+    round_activations(meant.graph, {"w/rounded", "table/rounded"})
+    assert operators(meant).count("ReduceMax") == 2
+    lower_for_cpu(model, "int8")
+    ids = np.array([[3, 1, 4, 1, 5]])
+    np.testing.assert_allclose(run(model, {"ids": ids})[0], run(meant, {"ids": ids})[0], rtol=1e-4, atol=1e-3)
