@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from txopt import __version__
 from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.blocks import Blocks
+from txopt.calibration.gemms import split
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.reanswer import reanswer
 from txopt.calibration.recipe import Recipe, rounded
@@ -76,8 +77,11 @@ class Attempt:
 
 
 def graphs_of(artifact: Artifact) -> dict[str, ir.Model]:
-    """The graphs, their weights still in their file."""
-    return {name: ir.load(artifact.file(spec.file)) for name, spec in artifact.manifest.graphs.items()}
+    """The graphs as they are quantized, without Gemm, their weights still in their file."""
+    models = {name: ir.load(artifact.file(spec.file)) for name, spec in artifact.manifest.graphs.items()}
+    for model in models.values():
+        split(model.graph)
+    return models
 
 
 def attempt(
