@@ -148,6 +148,21 @@ def test_an_input_that_is_dropped_is_a_refusal(tmp_path: Path) -> None:
         rtx.build(tmp_path / "attention.onnx")
 
 
+def test_a_cache_in_8_bits_is_refused(tmp_path: Path) -> None:
+    """docs/quantization.md says so, and is to change when this fails."""
+    cache = {name: (TensorProto.INT8, ["B", 4, length, 64]) for name, length in (("past", rtx.CACHE), ("new", "Q"))}
+    model = graph(
+        node("TensorScatter", "past new at", "y", axis=2),
+        constants={},
+        inputs={**cache, "at": (TensorProto.INT64, ["B"])},
+    )
+    out = model.graph.outputs[0]
+    out.type, out.shape = ir.TensorType(ir.DataType.INT8), ir.Shape(["B", 4, rtx.CACHE, 64])
+    ir.save(model, tmp_path / "cache.onnx")
+    with pytest.raises(rtx.Refused, match="must have type Float, Half, or BFloat16"):
+        rtx.build(tmp_path / "cache.onnx")
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
