@@ -13,9 +13,11 @@ from typing import Any
 
 from txopt.benchmarks import quantization_speech, whisper_tiny
 from txopt.calibration import evaluate, gate
+from txopt.calibration.amax import MSE
 from txopt.calibration.collect import Steps
 from txopt.calibration.data import read
 from txopt.calibration.metrics import References, metric
+from txopt.calibration.recipe import Scheme
 from txopt.calibration.samples import Samples
 from txopt.calibration.weights import Method
 from txopt.examples.g2p.data import load_lexicon, take
@@ -38,13 +40,13 @@ class Variant:
     """One row of the tables: how an artifact is quantized. ``note`` is the name of what ``options`` (exporter.quantize's) add."""
 
     scheme: str
-    method: Method
+    method: str
     note: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return " ".join(part for part in (self.scheme, str(self.method), self.note) if part)
+        return " ".join(part for part in (self.scheme, self.method, self.note) if part)
 
     def with_data(self, calibration: Any) -> Options:
         return Options(precision=self.scheme, method=self.method, calibration=calibration, **self.options)
@@ -54,6 +56,7 @@ VARIANTS = (
     Variant(scheme="int8", method=Method.RTN, options=BLIND),  # other methods have nothing left to win at 8 bits
     Variant(scheme="int8", method=Method.RTN, note="mixed", options={**BLIND, "scheme": "mixed"}),
     Variant(scheme="int8", method=Method.RTN, note="rows", options={**BLIND, "scheme": "rows"}),
+    Variant(scheme="int8", method=MSE.name, note="static", options={"scheme": Scheme.STATIC}),
     Variant(scheme="int4", method=Method.RTN, options=BLIND),
     Variant(scheme="int4", method=Method.HQQ, options=BLIND),
     Variant(scheme="int4", method=Method.CLIP),

@@ -1,6 +1,6 @@
-"""A weight in int8 with one scale for each output channel: what static int8 (QuantizeLinear and DequantizeLinear pairs) reads.
+"""A weight in 8 bits with one scale for each output channel: what static products (QuantizeLinear and DequantizeLinear pairs) read.
 
-The formula is the symmetric one of grid.py with the whole column as its block: scale = amax / 127, codes -127..127, zero point 0.
+The formula is the symmetric one of grid.py with the whole column as its block: scale = amax / largest code, zero point 0.
 """
 
 from dataclasses import dataclass
@@ -9,26 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.calibration.blocks import BlockScheme, as_matrix
-from txopt.calibration.grid import Grid, covering, decode, encode
-
-_INT8 = BlockScheme(bits=8, symmetric=True)
+from txopt.calibration.blocks import as_matrix
+from txopt.calibration.formats import INT8, Format
+from txopt.calibration.grid import short
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """Codes int8 [K,N] and scales float32 [N]; a code c stands for c * scale."""
+    """Codes [K,N], of the format's dtype, and scales float32 [N]; a code c stands for c * scale."""
 
-    codes: NDArray[np.int8]
+    codes: NDArray[Any]
     scales: NDArray[np.float32]
 
     def dequantize(self) -> NDArray[np.float32]:
         """The weight [K,N] that engines compute with."""
-        return decode(self.codes, Grid(self.scales, None))
+        return self.codes.astype(np.float32) * self.scales
 
 
-def per_channel(weight: NDArray[Any], *, name: str = "") -> Channels:
-    """``weight`` [K,N] with every value at the nearest code, at most half a scale off; SourceError where it is not finite."""
+def per_channel(weight: NDArray[Any], codes: Format = INT8, *, name: str = "") -> Channels:
+    """``weight`` [K,N] with every value at the nearest code; SourceError where it is not finite."""
     matrix = as_matrix(weight, name)
-    grid = covering(matrix, _INT8)
-    return Channels(encode(matrix, grid, _INT8).astype(np.int8, copy=False), grid.scales)
+    scales = short(np.array([codes.scale(amax) for amax in np.abs(matrix).max(axis=0).astype(np.float64)]))
+    return Channels(codes.encode(matrix / scales), scales)

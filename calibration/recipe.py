@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from txopt.calibration import amax
 from txopt.calibration.blocks import Blocks, BlockScheme
+from txopt.calibration.formats import FORMATS, FP8, INT8, Format
 from txopt.calibration.linears import Role, reads
 from txopt.calibration.static import Sums
 from txopt.calibration.weights import Method, quantize
@@ -26,6 +27,7 @@ SCHEMES = {
 }
 METHODS = {"int8": Method.RTN, "int4": Method.GPTQ}
 COLUMNS = BlockScheme(bits=8, block=None)  # the scheme of ROWS
+STATIC_TARGETS = ("cpu", "tensorrt")
 
 Moments = Mapping[str, NDArray[Any]]
 Progress = Callable[[int, int], None]
@@ -97,14 +99,16 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class StaticRecipe:
-    """Static int8.
+    """Products with static codes.
 
     Attributes:
+        codes: of activations and weights.
         clipping: how ranges of activations are found.
         sums: see static.Sums.
         keep: names of weights whose products stay in float.
     """
 
+    codes: Format = INT8
     clipping: amax.Method = field(default_factory=amax.MSE)
     sums: Sums = Sums.FLOAT
     keep: frozenset[str] = frozenset()
@@ -112,38 +116,50 @@ class StaticRecipe:
     looks_at_data: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "StaticRecipe":
-        """The recipe of "int8", with a way of clipping (``amax.METHODS``) that a user names.
+    def of(
+        cls, precision: str, target: str = "cpu", *, method: str | None = None, block: int | None = None
+    ) -> "StaticRecipe":
+        """The recipe of "int8" or "fp8", with a way of clipping (``amax.METHODS``) that a user names.
+
+        E4M3 has steps that shrink with the number, so that nothing is won by clipping: its ranges reach the largest that was seen.
 
         Raises:
-            UsageError: there is no such method, or static int8 has no such choice.
+            UsageError: there is no such method, or the scheme has no such choice.
         """
         problems = []
-        if precision != "int8":
-            problems.append(
-                f"precision: expected int8, the one of which engines have static products, got {precision!r}"
-            )
+        if precision not in FORMATS:
+            problems.append(f"precision: expected one of {', '.join(FORMATS)}, got {precision!r}")
+        if target not in STATIC_TARGETS:
+            problems.append(f"target: expected one of {', '.join(STATIC_TARGETS)}, got {target!r}")
+        elif precision == FP8.name and target == "cpu":
+            problems.append("precision: fp8 is for the tensorrt target, for no CPU multiplies in it, got target 'cpu'")
         if method is not None and method not in amax.METHODS:
             problems.append(f"method: expected one of {', '.join(amax.METHODS)}, got {method!r}")
         if block is not None:
             problems.append(f"block: expected none, for weights have a scale for each output, got {block}")
         if problems:
             raise UsageError(explain("the static scheme cannot be had like this:", problems))
-        return cls() if method is None else cls(clipping=amax.METHODS[method]())
+        if method is None:
+            method = amax.Absmax.name if precision == FP8.name else amax.MSE.name
+        return cls(codes=FORMATS[precision], clipping=amax.METHODS[method]())
 
 
 def recipe_of(
-    scheme: str, precision: str, *, method: str | None = None, block: int | None = None
+    scheme: str, precision: str, target: str = "cpu", *, method: str | None = None, block: int | None = None
 ) -> Recipe | StaticRecipe:
     """The recipe of a scheme.
 
     Raises:
-        UsageError: there is no such scheme, or it has no such precision, method or block.
+        UsageError: there is no such scheme, or it has no such precision, target, method or block.
     """
     if scheme not in tuple(Scheme):
         raise UsageError(f"scheme: expected one of {', '.join(Scheme)}, got {scheme!r}")
     if scheme == Scheme.STATIC:
-        return StaticRecipe.of(precision, method=method, block=block)
+        return StaticRecipe.of(precision, target, method=method, block=block)
+    if target != "cpu":
+        raise UsageError(
+            f"target: expected cpu, which has operators for such weights, got {target!r}; for tensorrt take the scheme static"
+        )
     if scheme == Scheme.WEIGHTS:
         return Recipe.of(precision, method=method, block=block)
     return Recipe.by_rows(precision, mixed=scheme == Scheme.MIXED, method=method, block=block)

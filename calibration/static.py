@@ -1,9 +1,9 @@
-"""Static int8: pairs of QuantizeLinear and DequantizeLinear around every product with a weight, standard ONNX that every engine reads.
+"""Static products: pairs of QuantizeLinear and DequantizeLinear around every product with a weight, standard ONNX for every engine.
 
-MatMul(x, W) becomes MatMul(DQ(Q(x)), DQ(codes)): x in int8 with one scale, known beforehand, for the whole tensor; W in int8 with
-one scale for each output. A tensor has one pair, which all products that read it share. A table [V,M] has a scale for each row, which
-is an output of its head, and a token's. Zero points are 0: TensorRT takes no others. Products of attention stay in float, as do
-convolutions.
+MatMul(x, W) becomes MatMul(DQ(Q(x)), DQ(codes)): x in 8 bits (formats.py) with one scale, known beforehand, for the whole tensor; W
+in 8 bits with one scale for each output. A tensor has one pair, which all products that read it share. A table [V,M] has a scale for
+each row, which is an output of its head, and a token's. Zero points are 0: TensorRT takes no others. Products of attention stay in
+float, as do convolutions.
 
 TensorRT advises to quantize the inputs of weighted operations and not their outputs, and to quantize the residual input of a sum that
 follows one, so that the sum becomes part of the product's kernel
@@ -21,12 +21,12 @@ import numpy as np
 import onnx_ir as ir
 
 from txopt.calibration.channels import per_channel
+from txopt.calibration.formats import INT8, Format
 from txopt.calibration.linears import Read, Role, reads
 from txopt.calibration.quantize import constant
 from txopt.runtime.errors import InputError, explain
 
 _ZERO = "static/zero"
-_LARGEST = 127  # the code of amax; QuantizeLinear itself stops at -128
 
 
 class Sums(StrEnum):
@@ -59,12 +59,20 @@ def activations(graph: ir.Graph, *, keep: Collection[str] = (), sums: Sums = Sum
     return [str(value.name) for value in _plan(graph, keep, sums).pairs]
 
 
-def place(graph: ir.Graph, amax: Mapping[str, float], *, keep: Collection[str] = (), sums: Sums = Sums.FLOAT) -> Placed:
+def place(
+    graph: ir.Graph,
+    amax: Mapping[str, float],
+    codes: Format = INT8,
+    *,
+    keep: Collection[str] = (),
+    sums: Sums = Sums.FLOAT,
+) -> Placed:
     """Puts the pairs into ``graph``, and codes in the place of weights.
 
     Args:
         graph: changed in place; the float weights are gone from it afterwards.
         amax: the largest magnitude that codes hold, by tensor.
+        codes: what they are.
         keep: names of weights whose products stay in float.
         sums: see Sums.
 
@@ -80,16 +88,11 @@ def place(graph: ir.Graph, amax: Mapping[str, float], *, keep: Collection[str] =
     for weight, role in weights.items():
         assert weight.const_value is not None, "reads() gives no others"
         numbers += weight.const_value.size
-        _dequantize(graph, weight, role)
+        _dequantize(graph, weight, role, codes)
     for value, uses in plan.pairs.items():
-        _pair(graph, value, amax[str(value.name)], uses)
+        _pair(graph, value, codes, amax[str(value.name)], uses)
     floats = sorted({read.name for read in reads(graph) if read.role is not Role.TABLE})
     return Placed(activations=len(plan.pairs), weights=len(weights), numbers=numbers, floats=tuple(floats))
-
-
-def scale_of(amax: float) -> np.float32:
-    """The step of symmetric int8 that reaches ``amax``; 1 for a tensor that was always 0."""
-    return np.float32(max(amax / _LARGEST, float(np.finfo(np.float32).tiny))) if amax else np.float32(1)
 
 
 def _plan(graph: ir.Graph, keep: Collection[str], sums: Sums) -> _Plan:
@@ -123,14 +126,14 @@ def _residuals(products: list[Read]) -> Iterator[tuple[ir.Node, int]]:
             value = add.outputs[0]
 
 
-def _dequantize(graph: ir.Graph, weight: ir.Value, role: Role) -> None:
+def _dequantize(graph: ir.Graph, weight: ir.Value, role: Role, codes: Format) -> None:
     assert weight.const_value is not None, "reads() gives no others"
     table = role is not Role.LINEAR
     matrix = weight.const_value.numpy()
-    channels = per_channel(matrix.T if table else matrix, name=str(weight.name))
-    codes = np.ascontiguousarray(channels.codes.T) if table else channels.codes
+    channels = per_channel(matrix.T if table else matrix, codes, name=str(weight.name))
+    stored = np.ascontiguousarray(channels.codes.T) if table else channels.codes
     inputs = [
-        constant(graph, f"{weight.name}/codes", ir.Tensor(codes)),
+        constant(graph, f"{weight.name}/codes", ir.Tensor(stored)),
         constant(graph, f"{weight.name}/scales", ir.Tensor(channels.scales)),
     ]
     axis = 0 if table else 1
@@ -142,13 +145,13 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, role: Role) -> None:
     del graph.initializers[str(weight.name)]
 
 
-def _pair(graph: ir.Graph, value: ir.Value, amax: float, uses: list[tuple[ir.Node, int]]) -> None:
-    scale = constant(graph, f"{value.name}/scale", ir.Tensor(np.array(scale_of(amax))))
-    zero = constant(graph, _ZERO, ir.Tensor(np.array(0, np.int8)))
+def _pair(graph: ir.Graph, value: ir.Value, codes: Format, amax: float, uses: list[tuple[ir.Node, int]]) -> None:
+    scale = constant(graph, f"{value.name}/scale", ir.Tensor(np.array(codes.scale(amax))))
+    zero = constant(graph, _ZERO, ir.Tensor(codes.zero()))
     quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}/quantize")
-    codes = quantize.outputs[0]
-    codes.name, codes.shape, codes.type = f"{value.name}/codes", value.shape, ir.TensorType(ir.DataType.INT8)
-    dequantize = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{value.name}/dequantize")
+    coded = quantize.outputs[0]
+    coded.name, coded.shape, coded.type = f"{value.name}/codes", value.shape, ir.TensorType(codes.dtype)
+    dequantize = ir.node("DequantizeLinear", [coded, scale, zero], name=f"{value.name}/dequantize")
     rounded = dequantize.outputs[0]
     rounded.name, rounded.shape, rounded.type = f"{value.name}/rounded", value.shape, value.type
     producer = value.producer()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from txopt import __version__
 from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.blocks import Blocks
+from txopt.calibration.gemms import split
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.reanswer import reanswer
 from txopt.calibration.recipe import Recipe, rounded
@@ -52,7 +53,7 @@ class Ground:
         artifact: in float32. baseline: the same, opened.
         calibrated: samples that weights were fitted to. measured: those that decide; ``heard`` is what the baseline said to them.
         moments: [K,K] of the inputs of products, by graph and input.
-        precision: what the result is called. metric, max_loss: see ``quantize.Options``.
+        precision, target: what the result is called, and what its graphs are for. metric, max_loss: see ``quantize.Options``.
     """
 
     artifact: Artifact
@@ -62,6 +63,7 @@ class Ground:
     heard: evaluate.Said
     moments: Mapping[str, Mapping[str, NDArray[Any]]]
     precision: str
+    target: str
     metric: str | None
     max_loss: float | None
 
@@ -76,8 +78,11 @@ class Attempt:
 
 
 def graphs_of(artifact: Artifact) -> dict[str, ir.Model]:
-    """The graphs, their weights still in their file."""
-    return {name: ir.load(artifact.file(spec.file)) for name, spec in artifact.manifest.graphs.items()}
+    """The graphs as they are quantized, without Gemm, their weights still in their file."""
+    models = {name: ir.load(artifact.file(spec.file)) for name, spec in artifact.manifest.graphs.items()}
+    for model in models.values():
+        split(model.graph)
+    return models
 
 
 def attempt(
@@ -105,7 +110,7 @@ def attempt(
     meant = _rounding_rows(floats, blocks)
     write_answers(artifact, floats, directory)
     for model in models.values():
-        LOWERINGS[artifact.manifest.target](model, ground.precision)
+        LOWERINGS[ground.target](model, ground.precision)
     proved = products.prove(models, blocks)
     around = _around(artifact, models, blocks, directory)
     if meant:
@@ -136,7 +141,7 @@ def finish(
     artifact, directory = ground.artifact, writer.directory
     weights.write(models, directory)
     _copy_rest(artifact, directory)
-    manifest = _manifest(artifact, models, ground.precision)
+    manifest = _manifest(ground, models)
     report("check")
     skipped = artifact.manifest.parity.get("skipped", ())
     parity = replay(writer.draft(manifest), cases.load(directory), skipped=skipped).require()
@@ -249,8 +254,17 @@ def _measured(ground: Ground, staged: Artifact, progress: Callable[[int, int], N
     )
 
 
-def _manifest(artifact: Artifact, models: Mapping[str, ir.Model], precision: str) -> Manifest:
-    before = artifact.manifest
+def _manifest(ground: Ground, models: Mapping[str, ir.Model]) -> Manifest:
+    before = ground.artifact.manifest
     fused = {name: {**before.fusion[name], "nodes": graphs.count(model)} for name, model in models.items()}
     versions = {**before.versions, "txopt": __version__, **{name: version(name) for name in _VERSIONS}}
-    return replace(before, precision=precision, fusion=fused, versions=versions, parity={}, calibration={}, files={})
+    return replace(
+        before,
+        precision=ground.precision,
+        target=ground.target,
+        fusion=fused,
+        versions=versions,
+        parity={},
+        calibration={},
+        files={},
+    )

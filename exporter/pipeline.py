@@ -23,7 +23,7 @@ from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.optimum_folder import is_folder
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
 from txopt.exporter.quantize import STAGES as QUANTIZE_STAGES
-from txopt.exporter.quantize import Options, quantize
+from txopt.exporter.quantize import Options, quantize_artifact
 from txopt.exporter.trace import Trace, trace
 from txopt.runtime import cases as reference_cases
 from txopt.runtime.artifact import Artifact
@@ -62,6 +62,7 @@ def export(
     calibration: Any = None,
     max_loss: float | None = None,
     metric: str | None = None,
+    scheme: str | None = None,
     method: str | None = None,
     overwrite: bool = False,
     prove: bool = False,
@@ -74,10 +75,10 @@ def export(
     Args:
         source: a checkpoint's directory or hub id, "package.module:factory", a custom module itself, or a folder of Optimum's.
         out: the directory to make.
-        target: what the graphs are lowered for: "cpu" or "cuda".
-        precision: "fp32", "fp16" or "bf16"; "int8" or "int4".
+        target: what the graphs are lowered for: "cpu" or "cuda"; with the scheme "static" also "tensorrt".
+        precision: "fp32", "fp16" or "bf16"; "int8", "int4" or "fp8".
         trust_remote_code: run code that came with a checkpoint.
-        calibration, max_loss, metric, method: for "int8" and "int4", see ``quantize.Options``.
+        calibration, max_loss, metric, scheme, method: for "int8", "int4" and "fp8", see ``quantize.Options``.
         overwrite: replace the artifact that is at ``out``.
         prove: replay every rewrite of the graphs alone, and leave out what does not hold.
         progress: called with the name of each of ``stages`` as it begins; while integers are made also with (stage, done, total).
@@ -86,14 +87,16 @@ def export(
         SourceError: the source cannot be read or is not supported. UsageError: an option is wrong.
         ParityError: the graphs deviate from PyTorch; nothing is left at ``out``. LossError: quantization lost too much; the same.
     """
-    asked = {"calibration": calibration, "max_loss": max_loss, "metric": metric, "method": method}
+    asked = {"calibration": calibration, "max_loss": max_loss, "metric": metric, "scheme": scheme, "method": method}
+    asked = {name: value for name, value in asked.items() if value is not None}
     _check_options(target, precision, asked)
     if precision in QUANTIZED:
-        Options(precision=precision, **asked).check()
+        options = Options(precision=precision, target=target, **asked)
+        options.check()
         with tempfile.TemporaryDirectory(prefix="txopt-") as folder, ArtifactWriter(out, overwrite=overwrite):
             whole = Path(folder) / Path(out).name
-            export(source, whole, target=target, trust_remote_code=trust_remote_code, prove=prove, progress=progress)
-            return quantize(whole, out, precision=precision, overwrite=overwrite, progress=progress, **asked)
+            export(source, whole, trust_remote_code=trust_remote_code, prove=prove, progress=progress)
+            return quantize_artifact(whole, out, options, overwrite=overwrite, progress=progress)
     report = progress or (lambda stage: None)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         if is_folder(source):
@@ -152,16 +155,15 @@ def _check_same(ours: Manifest, kind: str, task: str) -> None:
 
 
 def _check_options(target: str, precision: str, asked: Mapping[str, Any]) -> None:
+    if precision in QUANTIZED:
+        return  # quantize.Options checks these
     problems = []
     if target not in LOWERINGS:
         problems.append(f"target: expected one of {', '.join(LOWERINGS)}, got {target!r}")
-    if precision not in (*DTYPES, *QUANTIZED):
+    if precision not in DTYPES:
         problems.append(f"precision: expected one of {', '.join((*DTYPES, *QUANTIZED))}, got {precision!r}")
-    elif precision in QUANTIZED and target != "cpu":
-        problems.append(f"precision: {precision} is for the cpu target alone, got target {target!r}")
-    elif precision not in QUANTIZED:
-        given = [name for name, value in asked.items() if value is not None]
-        problems += [f"{name}: is for {' and '.join(QUANTIZED)}; leave it out at {precision}" for name in given]
+    else:
+        problems += [f"{name}: is for {', '.join(QUANTIZED)}; leave it out at {precision}" for name in asked]
     if problems:
         raise UsageError(explain("this export cannot be made:", problems))
 

@@ -42,6 +42,7 @@ class Options:
 
     Attributes:
         precision: "int8" or "int4".
+        target: what the graphs are for: "cpu"; of the static scheme also "tensorrt".
         calibration: see ``calibration.data.read``; None: made up, with a warning.
         max_loss: points of the metric that may be lost; None: measured, not limited.
         metric: its name; None: chosen by what the artifact does.
@@ -54,6 +55,7 @@ class Options:
     """
 
     precision: str = "int8"
+    target: str = "cpu"
     calibration: Any = None
     max_loss: float | None = None
     metric: str | None = None
@@ -70,7 +72,7 @@ class Options:
         Raises:
             UsageError: it is not. InputError: there is no such file of data. MissingDependencyError: the metric needs a package.
         """
-        recipe = recipe_of(self.scheme, self.precision, method=self.method, block=self.block)
+        recipe = recipe_of(self.scheme, self.precision, self.target, method=self.method, block=self.block)
         if self.metric is not None:
             metrics.metric(self.metric)
         gate.check_limit(self.metric, self.max_loss)
@@ -84,6 +86,7 @@ def quantize(
     out: str | os.PathLike[str],
     *,
     precision: str = "int8",
+    target: str = "cpu",
     calibration: Any = None,
     max_loss: float | None = None,
     metric: str | None = None,
@@ -97,6 +100,7 @@ def quantize(
     """Makes the quantized twin of an fp32 artifact; see ``Options`` for the arguments, ``quantize_artifact`` for the errors."""
     options = Options(
         precision=precision,
+        target=target,
         calibration=calibration,
         max_loss=max_loss,
         metric=metric,
@@ -151,6 +155,7 @@ def quantize_artifact(
             heard=heard,
             moments=moments,
             precision=options.precision,
+            target=options.target,
             metric=options.metric,
             max_loss=options.max_loss,
         )
@@ -214,7 +219,7 @@ def _check(manifest: Manifest) -> None:
         )
     if manifest.target != "cpu":
         raise UsageError(
-            f"expected an artifact for the cpu target, got one for {manifest.target}: its engine has no such integers"
+            f"expected an artifact for the cpu target, got one for {manifest.target}; export the model again with --target cpu"
         )
     if manifest.cache is None:
         raise UsageError(

@@ -1,9 +1,9 @@
-"""The attempt at static int8: smoothed, calibrated, written, proved, and measured.
+"""The attempt at static products (int8, fp8): smoothed, calibrated, written, proved, and measured.
 
-What is proved is that the engine, with the CPU's lowering and its own fusions, says what the pairs of QuantizeLinear and
+What is proved is that the engine, with the target's lowering and its own fusions, says what the pairs of QuantizeLinear and
 DequantizeLinear say where every node is computed as it is written: rounding activations is part of what these graphs mean. That is a
 coarse test of a deep model, so every product is proved alone too (static_products.py). What they lost is measured, as of every
-attempt.
+attempt. For TensorRT the graphs stay as they were placed, and ONNX Runtime proves and measures these too.
 """
 
 import tempfile
@@ -17,6 +17,7 @@ from txopt.calibration import activations, evaluate, static
 from txopt.calibration.collect import Steps
 from txopt.calibration.evaluate import Said
 from txopt.calibration.folding import fold
+from txopt.calibration.formats import INT8
 from txopt.calibration.recipe import StaticRecipe
 from txopt.calibration.samples import Samples
 from txopt.calibration.smooth import observed
@@ -42,7 +43,9 @@ def static_attempt(
     progress = partial(report, "calibrate")
     said = _continued(ground, progress)
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
-        smoothed, folded = _smoothed(artifact, samples, said, steps, Path(folder))
+        smoothed, folded = artifact, dict[str, Mapping[str, Any]]()
+        if recipe.codes is INT8:  # steps of fp8 shrink with the numbers, so that small channels have steps of their own
+            smoothed, folded = _smoothed(artifact, samples, said, steps, Path(folder))
         models = graphs_of(smoothed)
         names = {
             name: static.activations(model.graph, keep=recipe.keep, sums=recipe.sums) for name, model in models.items()
@@ -50,14 +53,17 @@ def static_attempt(
         found = activations.ranges(smoothed, names, samples, recipe.clipping, said=said, steps=steps, progress=progress)
         report("quantize")
         placed = {
-            name: static.place(model.graph, activations.amax_of(found, name), keep=recipe.keep, sums=recipe.sums)
+            name: static.place(
+                model.graph, activations.amax_of(found, name), recipe.codes, keep=recipe.keep, sums=recipe.sums
+            )
             for name, model in models.items()
         }
         report("pack")
         asked = replace(artifact, manifest=replace(artifact.manifest, precision=ground.precision))
         write_answers(asked, {name: model.clone() for name, model in models.items()}, writer.directory, as_written=True)
-        for model in models.values():
-            lower_static(model)
+        if ground.target == "cpu":
+            for model in models.values():
+                lower_static(model)
         proved = prove_static(models)
         manifest, verdict = finish(ground, models, writer, report)
     calibration = {
@@ -65,8 +71,8 @@ def static_attempt(
             "bits": 8,
             "symmetric": True,
             "method": recipe.clipping.name,
-            "activations": "static int8, one scale for each tensor",
-            "weights": "int8, one scale for each output",
+            "activations": f"static {recipe.codes.title}, one scale for each tensor",
+            "weights": f"{recipe.codes.title}, one scale for each output",
             "sums": str(recipe.sums),
             "smoothed": {name: len(mine) for name, mine in folded.items()},
         },
@@ -87,13 +93,13 @@ def _continued(ground: Ground, progress: Any) -> Said | None:
 
 def _smoothed(
     artifact: Artifact, samples: Samples, said: Said | None, steps: Steps, folder: Path
-) -> tuple[Artifact, Mapping[str, Mapping[str, Any]]]:
+) -> tuple[Artifact, dict[str, Mapping[str, Any]]]:
     """A twin of ``artifact`` in ``folder`` whose activations are easier to round, and the factors by graph and activation."""
     models = graphs_of(artifact)
     factors = observed(artifact, models, samples, said=said, steps=steps)
     for name, model in models.items():
         fold(model.graph, factors[name])
-    return twin(artifact, models, folder), factors
+    return twin(artifact, models, folder), dict(factors)
 
 
 def _counted(placed: Placed) -> dict[str, Any]:

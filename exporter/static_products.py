@@ -2,7 +2,8 @@
 
 The whole graph cannot be held to much: rounding activations magnifies the last bits of float32 from layer to layer until they are as
 large as rounding itself. One product does not: its sums are of integers, and the engine's must be the same, also where activations
-saturate and where sums of pairs would not fit into 16 bits (x86 without VNNI, where ONNX Runtime has a session option for it).
+saturate and where sums of pairs would not fit into 16 bits (x86 without VNNI, where ONNX Runtime has a session option for it). Of fp8
+ONNX Runtime computes the products in float32, from the codes; they are proved by the same rows.
 """
 
 import tempfile
@@ -14,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from txopt.calibration.formats import FP8
 from txopt.exporter.products import TOLERANCE, Products
 from txopt.runtime.backends.ort import Runner
 from txopt.runtime.errors import ParityError, explain
@@ -47,17 +49,23 @@ def _error(product: ir.Node, drawn: np.random.Generator) -> float:
     assert weight is not None, "prove_static() asked"
     assert pair is not None, "prove_static() asked"
     scale, zero = (_number(value) for value in pair.inputs[1:3])
-    limits = np.iinfo(zero.dtype)
     codes, steps = (_number(value) for value in weight.inputs[:2])
     table = weight.attributes["axis"].as_int() == 0
     matrix = codes.astype(np.float64) * (steps[:, None] if table else steps)
     matrix = matrix.T if table else matrix
     rows = (50 * scale * drawn.standard_normal((_ROWS, len(matrix)))).astype(np.float32)
     rows[0] = 1000 * scale
-    low, high = int(limits.min) - int(zero), int(limits.max) - int(zero)
-    rounded = np.clip(np.rint(rows / scale), low, high) * np.float64(scale)
+    rounded = _rounded(rows / scale, zero) * np.float64(scale)
     got = _run(scale, zero, weight, rows)
     return float((np.abs(got - rounded @ matrix) / (np.abs(rounded) @ np.abs(matrix) + 1e-30)).max())
+
+
+def _rounded(rows: NDArray[np.float32], zero: NDArray[Any]) -> NDArray[np.float64]:
+    """What QuantizeLinear makes of ``rows``, which are divided by their scale, its zero point taken off again."""
+    if zero.dtype == FP8.dtype.numpy():
+        return FP8.encode(rows).astype(np.float64)
+    limits = np.iinfo(zero.dtype)
+    return np.clip(np.rint(rows), int(limits.min) - int(zero), int(limits.max) - int(zero)).astype(np.float64)
 
 
 def _run(

@@ -19,7 +19,7 @@ __all__ = ["FORMATS", "CacheSpec", "FileEntry", "GraphSpec", "Manifest", "Tensor
 
 FORMATS = (1, 2)  # the versions that are read; each artifact is of the oldest that has what it uses
 KINDS = {"encoder-decoder": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",)}
-QUANTIZED = ("int8", "int4")
+QUANTIZED = ("int8", "int4", "fp8")
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
 TARGETS = ("cpu", "cuda", "tensorrt")
 PARITY_CASES = "parity.safetensors"

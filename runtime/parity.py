@@ -26,7 +26,7 @@ Measure = Callable[..., Any]  # (errors, axes) -> one error, or one for what is 
 
 # Deviation allowed, as a share of the tensor's largest magnitude (at least 1), by the precision that the artifact computes in: the
 # largest of a tensor; where activations are rounded to 8 bits the root mean square, for that is noise in every number.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "int4": 1e-1}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1, "int4": 1e-1, "fp8": 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True)

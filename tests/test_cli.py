@@ -101,7 +101,20 @@ def test_0_run_says_a_word_and_nothing_else(g2p: Artifact) -> None:
 def test_2_a_scheme_that_does_not_exist_at_a_precision(g2p: Artifact, tmp_path: Path) -> None:
     done = txopt("quantize", g2p.path, tmp_path / "out", "--scheme", "static", "--precision", "int4")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "precision: expected int8" in done.stderr
+    assert "precision: expected one of int8, fp8" in done.stderr
+
+
+def test_2_an_export_with_options_of_another_precision_or_scheme(tmp_path: Path) -> None:
+    """Said before anything is traced."""
+    for given, said in (
+        (("--precision", "fp16", "--scheme", "static"), "scheme: is for int8, int4, fp8; leave it out at fp16"),
+        (("--precision", "int4", "--scheme", "static"), "precision: expected one of int8, fp8, got 'int4'"),
+        (("--precision", "int8", "--target", "tensorrt"), "for tensorrt take the scheme static"),
+        (("--precision", "int8", "--scheme", "static", "--method", "gptq"), "method: expected one of absmax"),
+    ):
+        done = txopt("export", SOURCE, tmp_path / "out", *given)
+        assert (done.returncode, list(tmp_path.iterdir())) == (2, []), given
+        assert said in done.stderr
 
 
 def test_0_inspect_is_one_document(g2p: Artifact) -> None:

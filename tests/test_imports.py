@@ -55,6 +55,7 @@ RULES = {
     "benchmarks/in_place.py": rule("txopt.exporter txopt.benchmarks numpy", "onnxruntime torch"),
     "benchmarks/kernels.py": rule("", "onnxruntime"),
     "benchmarks/operators.py": rule("txopt.benchmarks numpy", "onnx onnxruntime"),
+    "benchmarks/caches.py": rule("txopt.benchmarks numpy onnx onnxruntime"),
     "benchmarks/quantization_loss.py": rule(f"{ANY_OF_OURS} txopt.benchmarks txopt.examples.g2p.data"),
     "benchmarks/fusers.py": rule("txopt.exporter", "onnx onnx_ir onnxruntime onnxscript"),
 }

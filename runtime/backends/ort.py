@@ -22,6 +22,9 @@ MOST_THREADS = 4096  # far beyond any machine; the engine starts as many as it i
 # Idle workers would spin on: the encoder's against the decoder's first steps, both against the caller (docs/decisions.md 13).
 CONFIGURATION = {"session.force_spinning_stop": "1"}
 
+# It takes a Relu away before a QuantizeLinear whose least code is 0, and takes float8 for such (1.32): negative numbers then pass.
+DISABLED = ["ReluQuantRewrite"]
+
 Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types
 
@@ -92,7 +95,9 @@ class Runner:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:
             with collapsed():
-                self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+                self._session = onnxruntime.InferenceSession(
+                    str(path), options, providers=providers, disabled_optimizers=DISABLED
+                )
         except Exception as err:  # the library raises a dozen kinds, without a common base
             raise ArtifactError(
                 f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot open this graph (opset 24 needs 1.30 or newer): {err}"

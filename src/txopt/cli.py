@@ -34,12 +34,25 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="say more")]
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help=".txt .csv .jsonl texts, .tsv of files and texts, .npz arrays; for int8 and int4"
+        metavar="FILE", help=".txt .csv .jsonl texts, .tsv of files and texts, .npz arrays; for int8, int4 and fp8"
     ),
 ]
-MaxLoss = Annotated[float | None, typer.Option(help="refuse what loses more points of the metric; for int8 and int4")]
+MaxLoss = Annotated[
+    float | None, typer.Option(help="refuse what loses more points of the metric; for int8, int4 and fp8")
+]
 Metric = Annotated[str | None, typer.Option(help="what the loss is measured in; chosen by the task where not given")]
-Method = Annotated[str | None, typer.Option(help="how weights are rounded: rtn, hqq, clip or gptq")]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help="weights (in blocks); of int8 also rows, mixed (rows in the encoder); of int8 and fp8 static (scales found on data)"
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="how weights are rounded: rtn, hqq, clip or gptq; with static how ranges are found: absmax, percentile, entropy or mse"
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
 
@@ -51,11 +64,12 @@ def export(
         typer.Argument(help="a checkpoint's directory, a hub id, package.module:factory, or a folder Optimum exported"),
     ],
     out: Annotated[Path, typer.Argument(help="the directory to make")],
-    target: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4")] = "fp32",
+    target: Annotated[str, typer.Option(help="cpu or cuda; with --scheme static also tensorrt")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, int4 or fp8")] = "fp32",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,
+    scheme: Scheme = None,
     method: Method = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")
@@ -80,6 +94,7 @@ def export(
             calibration=calibration,
             max_loss=max_loss,
             metric=metric,
+            scheme=scheme,
             method=method,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
@@ -95,16 +110,12 @@ def export(
 def quantize(
     artifact: ArtifactPath,
     out: Annotated[Path, typer.Argument(help="the directory to make")],
-    precision: Annotated[str, typer.Option(help="int8 or int4")] = "int8",
+    precision: Annotated[str, typer.Option(help="int8, int4 or fp8")] = "int8",
+    target: Annotated[str, typer.Option(help="cpu; with --scheme static also tensorrt")] = "cpu",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,
-    scheme: Annotated[
-        str,
-        typer.Option(
-            help="weights (in blocks); of int8 also rows, mixed (rows in the encoder), static (scales found on the data)"
-        ),
-    ] = "weights",
+    scheme: Scheme = None,
     method: Method = None,
     block: Annotated[int | None, typer.Option(help="rows of a weight that share a scale: 16 to 256")] = None,
     limit: Annotated[int, typer.Option(help="most samples to calibrate and measure on")] = 256,
@@ -122,10 +133,11 @@ def quantize(
             artifact,
             out,
             precision=precision,
+            target=target,
             calibration=calibration,
             max_loss=max_loss,
             metric=metric,
-            scheme=scheme,
+            scheme=scheme or "weights",
             method=method,
             block=block,
             limit=limit,

@@ -57,7 +57,7 @@ def _rounding(found: Any) -> list[str]:
         limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
         static = "block" not in scheme
         return [
-            f"  static int8: ranges of activations by {scheme['method']}"
+            f"  {scheme['activations'].partition(',')[0]}: ranges of activations by {scheme['method']}"
             if static
             else f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}",
             *(

@@ -9,7 +9,8 @@ from onnx import TensorProto
 
 from tests.calibration.made import normal
 from tests.calibration.products import engine, graph, linear, node, operators, reference, rows
-from txopt.calibration.static import Sums, activations, place, scale_of
+from txopt.calibration.formats import INT8
+from txopt.calibration.static import Sums, activations, place
 from txopt.runtime.errors import InputError
 
 WIDTH = 64
@@ -80,8 +81,8 @@ def test_integers_are_those_of_the_standard_by_hand() -> None:
     ids=["one", "a fraction", "always zero", "below float32"],
 )
 def test_a_scale_reaches_amax_and_is_a_normal_number(amax: float, scale: float) -> None:
-    assert scale_of(amax) == scale
-    assert scale_of(amax).dtype == np.float32
+    assert INT8.scale(amax) == scale
+    assert INT8.scale(amax).dtype == np.float32
 
 
 def test_a_weight_has_a_scale_for_each_output() -> None:

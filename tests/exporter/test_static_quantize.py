@@ -15,6 +15,7 @@ from txopt.calibration.collect import Steps
 from txopt.calibration.data import read
 from txopt.calibration.linears import Role, reads
 from txopt.exporter.attempt import graphs_of
+from txopt.exporter.pipeline import export
 from txopt.exporter.quantize import quantize
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import LossError, UsageError
@@ -98,7 +99,7 @@ def test_a_limit_that_does_not_hold_leaves_nothing(
     ("asked", "message"),
     [
         ({"scheme": "dynamic"}, "scheme: expected one of weights, rows, mixed, static"),
-        ({"scheme": "static", "precision": "int4"}, "precision: expected int8"),
+        ({"scheme": "static", "precision": "int4"}, "precision: expected one of int8, fp8"),
         ({"scheme": "static", "method": "gptq"}, "method: expected one of absmax, percentile, entropy, mse"),
         ({"scheme": "static", "block": 64}, "block: expected none"),
         ({"scheme": "weights", "method": "mse"}, "method: expected one of rtn"),
@@ -107,6 +108,23 @@ def test_a_limit_that_does_not_hold_leaves_nothing(
 def test_what_a_scheme_does_not_have_is_refused(g2p: Artifact, tmp_path: Path, asked, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         quantize(g2p.path, tmp_path / "out", **asked)
+
+
+def test_an_export_takes_the_scheme_too(words: Path, tmp_path: Path) -> None:
+    with words.open(newline="") as file:
+        few = [(row["source"], row["target"]) for row in csv.DictReader(file)][:24]
+    made = export(
+        "txopt.examples.g2p.model:factory",
+        tmp_path / "out",
+        precision="int8",
+        scheme="static",
+        method="absmax",
+        calibration=few,
+    )
+    assert (made.manifest.precision, made.manifest.target) == ("int8", "cpu")
+    assert made.manifest.calibration is not None
+    assert made.manifest.calibration["scheme"]["method"] == "absmax"
+    assert made.manifest.calibration["scheme"]["activations"].startswith("static int8")
 
 
 def test_ranges_serve_again_while_nothing_changed(

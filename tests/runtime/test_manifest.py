@@ -91,7 +91,7 @@ def test_every_key_must_be_there(key: str) -> None:
         (put("kind", "encoder"), "graphs: expected encoder for kind 'encoder', found 'decoder', 'encoder'"),
         (put("task", 7), "task: expected text, found 7"),
         (put("family", ""), "family: expected text that is not empty"),
-        (put("precision", "fp8"), "precision: expected one of fp32"),
+        (put("precision", "fp4"), "precision: expected one of fp32"),
         (put("target", None), "target: expected one of cpu"),
         (put("source", []), "source: expected an object, found a list of 0"),
         (put("versions/torch", 2.13), "versions.torch: expected text"),
