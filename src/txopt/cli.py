@@ -36,6 +36,10 @@ Calibration = Annotated[
 ]
 MaxLoss = Annotated[float | None, typer.Option(help="refuse what loses more points of the metric; for int8 and int4")]
 Metric = Annotated[str | None, typer.Option(help="what the loss is measured in; chosen by the task where not given")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="write a page about what was lost and why, also of a refusal"),
+]
 Method = Annotated[str | None, typer.Option(help="how weights are rounded: rtn, hqq, clip or gptq")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
@@ -54,6 +58,7 @@ def export(
     max_loss: MaxLoss = None,
     metric: Metric = None,
     method: Method = None,
+    report: ReportFile = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")
     ] = False,
@@ -78,6 +83,7 @@ def export(
             max_loss=max_loss,
             metric=metric,
             method=method,
+            report=report,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             prove=prove,
@@ -103,6 +109,13 @@ def quantize(
     method: Method = None,
     block: Annotated[int | None, typer.Option(help="rows of a weight that share a scale: 16 to 256")] = None,
     limit: Annotated[int, typer.Option(help="most samples to calibrate and measure on")] = 256,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="static: take ranges of activations from here, or keep them here if it is not there"
+        ),
+    ] = None,
+    report: ReportFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an artifact that is at OUT")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -124,6 +137,8 @@ def quantize(
             method=method,
             block=block,
             limit=limit,
+            ranges=ranges,
+            report=report,
             overwrite=overwrite,
             progress=progress,
         )
@@ -219,7 +234,9 @@ def run(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="an artifact's directory, or any .onnx file")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="an artifact's directory, any .onnx file, or a .json file of ranges")
+    ],
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write a page to look at: the graph by layers")
     ] = None,

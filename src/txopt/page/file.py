@@ -8,7 +8,12 @@ from pathlib import Path
 from txopt.runtime.errors import UsageError
 from txopt.runtime.files import MANIFEST, read, sync
 
-MARK = b"<!doctype html>\n<!-- written by txopt inspect -->\n"
+# What pages begin with, by template.
+MARKS = {
+    "page.html": b"<!doctype html>\n<!-- written by txopt inspect -->\n",
+    "quantization.html": b"<!doctype html>\n<!-- written by txopt quantize -->\n",
+}
+MARK = MARKS["page.html"]
 
 
 def check(target: Path, model: Path, *, overwrite: bool) -> None:
@@ -25,7 +30,7 @@ def check(target: Path, model: Path, *, overwrite: bool) -> None:
         return
     if not _is_page(target):
         raise UsageError(
-            f"{target}: expected no file, or a page of txopt inspect, found something else, which is never overwritten; "
+            f"{target}: expected no file, or a page of txopt, found something else, which is never overwritten; "
             "choose another name"
         )
     if not overwrite:
@@ -33,7 +38,7 @@ def check(target: Path, model: Path, *, overwrite: bool) -> None:
 
 
 def write(target: Path, page: str, *, overwrite: bool) -> None:
-    """Puts ``page``, which begins with MARK, at ``target``, at once.
+    """Puts ``page``, which begins with one of MARKS, at ``target``, at once.
 
     Raises:
         UsageError: it cannot be written, or something appeared there meanwhile.
@@ -70,6 +75,6 @@ def _publish(draft: Path, target: Path) -> None:
 
 def _is_page(target: Path) -> bool:
     try:
-        return target.is_file() and read(target, len(MARK)) == MARK
+        return target.is_file() and read(target, max(map(len, MARKS.values()))).startswith(tuple(MARKS.values()))
     except OSError:  # a link, which is not followed
         return False
