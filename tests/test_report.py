@@ -148,6 +148,14 @@ def test_every_part_is_there() -> None:
     assert "<script" not in page
 
 
+def test_a_point_that_holds_and_is_beaten_is_said_to_be() -> None:
+    given = document()
+    for each in given["points"]:
+        each["front"] = False
+    _, read = page_of(given)
+    assert read.text.count("holds, but another is better in all three") == 1
+
+
 def test_a_refusal_shows_its_message_and_no_chosen_point() -> None:
     given = document() | {"refused": "lost too much\n  - by far"}
     for each in given["points"]:

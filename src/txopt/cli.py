@@ -91,7 +91,7 @@ def export(
         )
     from txopt.summary import of_artifact
 
-    console.result(*of_artifact(artifact, shown=str(out)))
+    console.result(*_with_page(of_artifact(artifact, shown=str(out)), report))
 
 
 @app.command()
@@ -144,7 +144,7 @@ def quantize(
         )
     from txopt.summary import of_artifact
 
-    console.result(*of_artifact(made, shown=str(out)))
+    console.result(*_with_page(of_artifact(made, shown=str(out)), report))
 
 
 @app.command()
@@ -352,6 +352,11 @@ def _console(quiet: bool, verbose: bool, as_json: bool) -> Any:
 
     set_up_logging(quiet=quiet, verbose=verbose)
     return Console(quiet=quiet, as_json=as_json)
+
+
+def _with_page(result: tuple[dict[str, Any], str], page: Path | None) -> tuple[dict[str, Any], str]:
+    document, text = result
+    return result if page is None else ({**document, "report": str(page)}, f"{text}\n  report: {page}")
 
 
 def _print_piece(piece: str) -> None:
