@@ -3,6 +3,7 @@
 Owns what a file of ranges is stored under. Which tensors is static.py's, how they are clipped amax.py's.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from txopt.calibration.histogram import Histogram
 from txopt.calibration.ranges import Key, Range, Ranges, digest_of_files
 from txopt.calibration.samples import Samples
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.errors import ArtifactError
 
 Progress = Callable[[int, int], None]
 Names = Mapping[str, Sequence[str]]
@@ -51,23 +51,23 @@ def ranges(
     *,
     said: Said | None = None,
     steps: Steps = Steps.LOOP,
+    key: Key | None = None,
     file: Path | None = None,
     progress: Progress | None = None,
 ) -> Ranges:
     """The range of each tensor, under GRAPH:NAME; see ``observe``.
 
     Args:
-        file: where they are read from, if it holds those of the same graphs, data and settings, and else written to.
+        key: what they are stored under; None: as ``key_of``.
+        file: where they are read from, if it is there, and else written to.
 
     Raises:
+        StaleError: ``file`` holds those of other graphs, data or settings. ArtifactError: it holds no ranges, or cannot be written.
         InputError: a value is not finite, or no sample reaches a tensor.
     """
-    key = key_of(artifact, names, samples, method, steps)
-    if file is not None and file.exists():
-        try:
-            return Ranges.load(file, key=key)
-        except ArtifactError:  # of something else, or damaged: made anew
-            pass
+    key = key or key_of(artifact, names, samples, method, steps)
+    if file is not None and os.path.lexists(file):
+        return Ranges.load(file, key=key)
     seen = observe(artifact, names, samples, said=said, steps=steps, progress=progress)
     tensors = {
         f"{graph}:{name}": Range.of(histogram, method)
@@ -90,9 +90,12 @@ def amax_of(found: Ranges, graph: str) -> dict[str, float]:
     }
 
 
-def key_of(artifact: Artifact, names: Names, samples: Samples, method: Method, steps: Steps) -> Key:
-    """What ranges of these tensors depend on."""
+def key_of(
+    artifact: Artifact, names: Names, samples: Samples, method: Method, steps: Steps, *, smoothed: bool = False
+) -> Key:
+    """What ranges of these tensors depend on; ``smoothed`` where they are not the artifact's own but those of its smoothed twin."""
     graphs = [artifact.file(spec.file) for _, spec in sorted(artifact.manifest.graphs.items())]
     weights = [artifact.file(name) for name in sorted(artifact.manifest.files) if name.endswith(".data")]
-    settings = {"steps": str(steps), "tensors": {graph: sorted(mine) for graph, mine in names.items()}}
+    tensors = {graph: sorted(mine) for graph, mine in names.items()}
+    settings = {"steps": str(steps), "tensors": tensors, "smoothed": smoothed}
     return Key.of(graph=digest_of_files([*graphs, *weights]), data=samples.sha256, method=method, settings=settings)

@@ -14,6 +14,7 @@ What it cannot show: a kind of failure that no sample has. Where none of N sampl
 1983).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ RESAMPLES = 1000
 SEED = 0
 CONFIDENCE = 0.95
 _DRAWS_AT_ONCE = 1 << 20  # 8 MB of indices
+_WRITTEN = 6  # decimal places in a certificate: equal runs on machines that sum in another order are equal bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,13 @@ class Estimate:
     @property
     def finite(self) -> bool:
         return bool(np.isfinite([self.value, self.low, self.high]).all())
+
+    def to_json(self) -> dict[str, float | None]:
+        """null stands for what is no finite number."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {
+            name: round(number, _WRITTEN) + 0.0 if math.isfinite(number) else None for name, number in numbers.items()
+        }
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"

@@ -6,12 +6,14 @@ choices to agreement.py.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from txopt.calibration.agreement import Agreement, Pair, choices, divergences
 from txopt.calibration.batches import Batch, batches
+from txopt.calibration.kept import Kept
 from txopt.calibration.samples import Samples
 from txopt.runtime.frontend import kind_of
 from txopt.runtime.model import Model
@@ -50,16 +52,25 @@ def said(model: Model, samples: Samples, *, progress: Progress | None = None) ->
 
 
 def agreement(
-    baseline: Model, candidate: Model, samples: Samples, free: tuple[Said, Said], *, progress: Progress | None = None
+    baseline: Model,
+    candidate: Model,
+    samples: Samples,
+    free: tuple[Said, Said],
+    *,
+    kept: Kept | None = None,
+    progress: Progress | None = None,
 ) -> Agreement:
-    """How often both choose the same tokens: free running, and along the references, or the baseline's own words without any."""
+    """How often both choose the same tokens: free running, and along the references, or the baseline's own words without any.
+
+    What the baseline says under teacher forcing is taken from ``kept``, where an earlier comparison over the same samples left it.
+    """
+    kept = kept or Kept(most=0)
     forced: dict[int, Pair] = {}
     apart: dict[int, NDArray[np.float64]] = {}
     for batch in batches(samples, BATCH[kind_of(baseline.manifest.frontend)], progress=progress):
         targets = [_target(batch, row, free[0].ids[index]) for row, index in enumerate(batch.indices)]
-        for index, before, after in zip(
-            batch.indices, _forced(baseline, batch, targets), _forced(candidate, batch, targets), strict=True
-        ):
+        known = kept.of(batch.indices, partial(_forced, baseline, batch, targets))
+        for index, before, after in zip(batch.indices, known, _forced(candidate, batch, targets), strict=True):
             forced[index] = choices(before), choices(after)
             apart[index] = divergences(before, after)
     order = range(len(samples))

@@ -8,7 +8,7 @@ neither where tokens come from nor what is done with what is seen.
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,7 @@ class Forced:
         taps: names of values by graph; graphs that are not named are not opened.
         threads: engine threads, None for one per core.
         weights: other numbers for weights of the graphs, by graph and name.
+        edits: changes of the graphs, made in place before they are opened.
 
     Raises:
         UsageError: a graph has no value of a tap's name.
@@ -60,16 +61,17 @@ class Forced:
         *,
         threads: int | None = None,
         weights: Mapping[str, Mapping[str, Array]] | None = None,
+        edits: Mapping[str, Callable[[ir.Graph], object]] | None = None,
     ) -> None:
         self._manifest: Manifest = artifact.manifest
         self._taps = {name: list(dict.fromkeys(mine)) for name, mine in taps.items()}
         self._axes: dict[str, dict[str, Dims]] = {}
         self._runners: dict[str, Runner] = {}
-        others = weights or {}
+        others, changes = weights or {}, edits or {}
         self._folder = tempfile.TemporaryDirectory(prefix="txopt-")
         try:
             for name, wanted in self._taps.items():
-                path, self._axes[name] = _tapped(artifact, name, wanted, Path(self._folder.name))
+                path, self._axes[name] = _tapped(artifact, name, wanted, Path(self._folder.name), changes.get(name))
                 self._runners[name] = Runner(path, threads=threads, weights=others.get(name))
         except BaseException:
             self._folder.cleanup()
@@ -144,10 +146,14 @@ class Forced:
             yield Seen("decoder", name, _kept(value, self._axes["decoder"][name], {"Q": valid}))
 
 
-def _tapped(artifact: Artifact, name: str, taps: Sequence[str], folder: Path) -> tuple[Path, dict[str, Dims]]:
+def _tapped(
+    artifact: Artifact, name: str, taps: Sequence[str], folder: Path, edit: Callable[[ir.Graph], object] | None
+) -> tuple[Path, dict[str, Dims]]:
     """A copy of one graph in ``folder`` with ``taps`` as outputs, and their axes; its weights are linked where that is possible."""
     file = artifact.manifest.graphs[name].file
     model = ir.load(artifact.file(file))
+    if edit is not None:
+        edit(model.graph)
     fed = {str(value.name): value for value in model.graph.inputs}
     made = {str(out.name): out for node in model.graph for out in node.outputs}
     if unknown := [tap for tap in taps if tap not in fed | made]:

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Points. Figures are differences of float64 numbers near 100; without it, 5.3 - 5.0 would pass 0.3 or not by chance.
 _RESOLUTION = 9  # decimal places
-_WRITTEN = 6  # decimal places in a certificate: equal runs on machines that sum in another order are equal bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +74,11 @@ class Verdict:
         return {
             "data": {"sha256": self.compared.data, "samples": found.samples, "references": self.references},
             "metric": {"name": self.metric, "signature": self.signature},
-            "baseline": {"sha256": self.compared.baseline, "figure": _json(found.baseline)},
-            "candidate": {"sha256": self.compared.candidate, "figure": _json(found.candidate)},
-            "loss": _json(found.loss),
+            "baseline": {"sha256": self.compared.baseline, "figure": found.baseline.to_json()},
+            "candidate": {"sha256": self.compared.candidate, "figure": found.candidate.to_json()},
+            "loss": found.loss.to_json(),
             "changed": found.changed,
-            "agreement": {name: _json(value) for name, value in self.agreement.items()},
+            "agreement": {name: value.to_json() for name, value in self.agreement.items()},
             "interval": {"method": "paired bootstrap", "confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED},
             "max_loss": self.max_loss,
             "decided_by": "point estimate",
@@ -173,8 +172,3 @@ def fingerprint(manifest: Manifest) -> str:
     if not manifest.files:
         raise ArtifactError("fingerprint: expected a manifest that lists its files, found a draft without any")
     return hashlib.sha256(replace(manifest, calibration=None).to_bytes()).hexdigest()
-
-
-def _json(value: Estimate) -> dict[str, float | None]:
-    numbers = {"value": value.value, "low": value.low, "high": value.high}
-    return {name: round(number, _WRITTEN) + 0.0 if math.isfinite(number) else None for name, number in numbers.items()}

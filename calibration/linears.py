@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 LEAST_SIZE = 4096  # numbers in a weight; below that, scales and a node of its own cost what is gained
 
@@ -39,6 +41,18 @@ class Read:
         assert self.weight.const_value is not None, "reads() gives no others"
         rows, columns = self.weight.const_value.shape.numpy()
         return int(rows if self.role is Role.LINEAR else columns)
+
+    @property
+    def numbers(self) -> int:
+        """How many the weight holds."""
+        assert self.weight.const_value is not None, "reads() gives no others"
+        return self.weight.const_value.size
+
+    def matrix(self) -> NDArray[np.float32]:
+        """The weight as its product takes it, [K,N]; of a table, transposed."""
+        assert self.weight.const_value is not None, "reads() gives no others"
+        numbers: NDArray[np.float32] = self.weight.const_value.numpy()
+        return numbers if self.role is Role.LINEAR else numbers.T
 
     @property
     def activations(self) -> ir.Value | None:

@@ -183,6 +183,19 @@ class Ranges:
 
         Raises:
             StaleError: they were made from another graph, other data or other settings; it says which.
+            ArtifactError: as ``open``.
+        """
+        found = cls.open(path)
+        if different := key.differences(found.key):
+            title = f"{path}: these ranges were made from something else; name another file, or delete it to calibrate again:"
+            raise StaleError(explain(title, different))
+        return found
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Ranges":
+        """The ranges stored at ``path``, whatever they were made from.
+
+        Raises:
             ArtifactError: there is no such file, or it is not one that ``save`` wrote: damaged, changed or unsafe.
         """
         path = Path(path)
@@ -201,10 +214,6 @@ class Ranges:
         if problems:
             raise ArtifactError(
                 explain(f"{path}: not valid ranges; delete the file and calibrate again:", limited(problems))
-            )
-        if different := key.differences(found.key):
-            raise StaleError(
-                explain(f"{path}: these ranges were made from something else; calibrate again:", different)
             )
         return found
 

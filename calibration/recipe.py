@@ -4,7 +4,7 @@ Owns the choice of scheme and method for each weight; how codes are found is wei
 made of a static recipe is static.py's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -30,6 +30,7 @@ COLUMNS = BlockScheme(bits=8, block=None)  # the scheme of ROWS
 STATIC_TARGETS = ("cpu", "tensorrt")
 
 Moments = Mapping[str, NDArray[Any]]
+Known = dict[tuple[str, BlockScheme], Blocks]  # by the weight's name and its scheme
 Progress = Callable[[int, int], None]
 
 
@@ -96,6 +97,17 @@ class Recipe:
         """Whether codes depend on what calibration sees."""
         return self.method in (Method.GPTQ, Method.CLIP)
 
+    def with_finer(self, names: Collection[str]) -> "Recipe":
+        """The same with the weights ``names`` among the finer ones."""
+        return replace(self, finer=self.finer | frozenset(names))
+
+    def form(self, name: str, *, graph: str, role: Role = Role.LINEAR) -> str | None:
+        """What the weight ``name`` is stored as, for people; None: float32."""
+        scheme = self.scheme_of(name, graph=graph, role=role)
+        if scheme is None or scheme.block is None:
+            return None if scheme is None else f"{scheme.bits} bits, one scale for each output"
+        return f"{scheme.bits} bits in blocks of {scheme.block}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StaticRecipe:
@@ -114,6 +126,19 @@ class StaticRecipe:
     keep: frozenset[str] = frozenset()
 
     looks_at_data: ClassVar[bool] = True
+
+    @property
+    def finer(self) -> frozenset[str]:
+        """What ``keep`` is called for weights in blocks."""
+        return self.keep
+
+    def with_finer(self, names: Collection[str]) -> "StaticRecipe":
+        """The same with the products of the weights ``names`` in float."""
+        return replace(self, keep=self.keep | frozenset(names))
+
+    def form(self, name: str, *, graph: str, role: Role = Role.LINEAR) -> str | None:
+        """What the weight ``name`` is stored as, for people; None: float32."""
+        return None if name in self.keep else f"{self.codes.title}, one scale for each output"
 
     @classmethod
     def of(
@@ -165,21 +190,29 @@ def recipe_of(
     return Recipe.by_rows(precision, mixed=scheme == Scheme.MIXED, method=method, block=block)
 
 
-def rounded(model: ir.Model, recipe: Recipe, moments: Moments, *, graph: str) -> dict[str, Blocks]:
+def rounded(
+    model: ir.Model, recipe: Recipe, moments: Moments, known: Known | None = None, *, graph: str
+) -> dict[str, Blocks]:
     """Blocks of every weight of ``model``, the graph of that name, that is rounded; ``moments`` [K,K] of products' inputs by name.
 
     A table has the same codes in every graph that reads it, so that it is stored once: it is rounded without looking at data.
+    What an attempt before found is taken from ``known``, and what is found is added there.
     """
     found: dict[str, Blocks] = {}
+    known = {} if known is None else known
     for read in reads(model.graph):
         tensor, scheme = read.weight.const_value, recipe.scheme_of(read.name, graph=graph, role=read.role)
         if tensor is None or scheme is None or read.name in found:
+            continue
+        if (read.name, scheme) in known:
+            found[read.name] = known[read.name, scheme]
             continue
         if read.role is Role.LINEAR and read.activations is not None:
             seen = moments.get(str(read.activations.name))
             found[read.name] = quantize(tensor.numpy(), scheme, recipe.method, moments=seen, name=read.name)
         else:
             found[read.name] = quantize(tensor.numpy().T, scheme, _BLIND[recipe.method], name=read.name)
+        known[read.name, scheme] = found[read.name]
     return found
 
 

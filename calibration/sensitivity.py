@@ -1,22 +1,27 @@
 """What rounding one weight alone does to a model: how far it moves the distributions of a decode loop.
 
 Measured on what is generated, not on the weight: every decode step of some samples, under teacher forcing, all other weights in
-float32. Owns the measurement; what is done about sensitive weights is search.py's.
+float32. In static int8 a product is rounded alone, its weight and its input. Owns the measurement; what is done about sensitive
+weights is search.py's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from txopt.calibration import static
 from txopt.calibration.agreement import divergences
 from txopt.calibration.batches import batches
 from txopt.calibration.blocks import Blocks, dequantize
 from txopt.calibration.collect import Fed, Steps, fed
 from txopt.calibration.evaluate import BATCH, Said
 from txopt.calibration.forced import Forced
+from txopt.calibration.formats import Format
 from txopt.calibration.linears import Role, reads
 from txopt.calibration.samples import Samples
 from txopt.runtime.artifact import Artifact
@@ -36,24 +41,76 @@ class Sensitivity:
     numbers: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """The weight ``name``, of so many ``numbers``, rounded alone: ``opened`` gives its graph like that, with values exposed."""
+
+    graph: str
+    name: str
+    numbers: int
+    opened: Callable[[Mapping[str, Sequence[str]]], Forced]
+
+
+def alone_in_blocks(
+    artifact: Artifact, blocks: Mapping[str, Mapping[str, Blocks]], tables: Mapping[str, set[str]]
+) -> list[Alone]:
+    """Each of the rounded weights ``blocks``, by graph and name; ``tables`` names those whose blocks are of the transpose."""
+
+    def opened(graph: str, name: str, taps: Mapping[str, Sequence[str]]) -> Forced:
+        rounded = dequantize(blocks[graph][name])
+        changed = np.ascontiguousarray(rounded.T) if name in tables[graph] else rounded
+        return Forced(artifact, taps, weights={graph: {name: changed}})
+
+    return [
+        Alone(graph=graph, name=name, numbers=one.codes.size, opened=partial(opened, graph, name))
+        for graph, mine in blocks.items()
+        for name, one in mine.items()
+    ]
+
+
+def alone_static(
+    artifact: Artifact, models: Mapping[str, ir.Model], amax: Mapping[str, Mapping[str, float]], codes: Format
+) -> list[Alone]:
+    """Each weight of ``models``, the artifact's graphs, with its product in static ``codes``: both its operands.
+
+    ``amax`` says where activations are clipped, by graph and name.
+    """
+
+    def edited(graph: ir.Graph, name: str, amax: Mapping[str, float], keep: set[str]) -> None:
+        # A file with two names, which Forced makes of the weights', onnx_ir refuses to read.
+        weight = graph.initializers[name]
+        weight.const_value = _copied(weight.const_value)
+        static.place(graph, amax, codes, keep=keep)
+
+    def opened(graph: str, name: str, keep: set[str], taps: Mapping[str, Sequence[str]]) -> Forced:
+        return Forced(artifact, taps, edits={graph: partial(edited, name=name, amax=amax[graph], keep=keep)})
+
+    found = []
+    for graph, model in models.items():
+        sizes = {read.name: read.numbers for read in reads(model.graph)}
+        found += [
+            Alone(graph=graph, name=name, numbers=size, opened=partial(opened, graph, name, sizes.keys() - {name}))
+            for name, size in sizes.items()
+        ]
+    return found
+
+
 def sensitivities(
     artifact: Artifact,
-    blocks: Mapping[str, Mapping[str, Blocks]],
+    alone: Sequence[Alone],
     samples: Samples,
     *,
     said: Said | None,
-    tables: Mapping[str, set[str]],
     most: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Sensitivity]:
-    """Of every rounded weight, the most sensitive per number first.
+    """Of every weight that is rounded ``alone``, the most sensitive per number first.
 
     Args:
         artifact: in float32.
-        blocks: its rounded weights by graph and name.
+        alone: its weights.
         samples: what it is asked; the first ``most`` of them serve.
         said: what the artifact itself said, for samples without a reference.
-        tables: names of weights that are tables, by graph: their blocks are of the transpose.
         progress: weights done, and weights there are.
     """
     asked = list(_asked(artifact, samples, said, most))
@@ -62,28 +119,34 @@ def sensitivities(
     with Forced(artifact, both) as whole:
         given = [whole.encoded(each.inputs) for each in asked]
         before = [_logits(whole, each, sources) for each, sources in zip(asked, given, strict=True)]
-        names = [(graph, name) for graph, mine in blocks.items() for name in mine]
-        for done, (graph, name) in enumerate(names):
-            rounded = dequantize(blocks[graph][name])
-            changed = {graph: {name: np.ascontiguousarray(rounded.T) if name in tables[graph] else rounded}}
-            with Forced(artifact, {graph: both[graph]}, weights=changed) as one:
+        for done, one in enumerate(alone):
+            with one.opened({one.graph: both[one.graph]}) as changed:
                 after = [
-                    _logits(one, each, sources)
-                    if graph == "decoder"
-                    else _logits(whole, each, one.encoded(each.inputs))
+                    _logits(changed, each, sources)
+                    if one.graph == "decoder"
+                    else _logits(whole, each, changed.encoded(each.inputs))
                     for each, sources in zip(asked, given, strict=True)
                 ]
             apart = [divergences(old, new) for old, new in zip(before, after, strict=True)]
             nats = float(np.concatenate(apart).mean())
-            found.append(Sensitivity(graph=graph, name=name, nats=nats, numbers=rounded.size))
+            found.append(Sensitivity(graph=one.graph, name=one.name, nats=nats, numbers=one.numbers))
             if progress is not None:
-                progress(done + 1, len(names))
+                progress(done + 1, len(alone))
     return sorted(found, key=lambda each: (-each.nats / each.numbers, each.graph, each.name))
 
 
 def tables_of(graph: Any) -> set[str]:
     """The names of the weights of ``graph`` that are tables."""
     return {read.name for read in reads(graph) if read.role is not Role.LINEAR}
+
+
+def _copied(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    """A weight in memory."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    shape = tensor.shape.numpy()
+    numbers = np.fromfile(tensor.path, np.float32, count=tensor.size, offset=tensor.offset or 0)
+    return ir.Tensor(numbers.reshape(shape), name=tensor.name)
 
 
 def _asked(artifact: Artifact, samples: Samples, said: Said | None, most: int) -> Iterator[Fed]:

@@ -9,7 +9,7 @@ the verdict.
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,10 @@ from txopt import __version__
 from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.blocks import Blocks
 from txopt.calibration.gemms import split
+from txopt.calibration.kept import Kept
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.reanswer import reanswer
-from txopt.calibration.recipe import Recipe, rounded
+from txopt.calibration.recipe import Known, Recipe, StaticRecipe, rounded
 from txopt.calibration.samples import Samples
 from txopt.calibration.sensitivity import Sensitivity
 from txopt.exporter import graph as graphs
@@ -54,6 +55,8 @@ class Ground:
         calibrated: samples that weights were fitted to. measured: those that decide; ``heard`` is what the baseline said to them.
         moments: [K,K] of the inputs of products, by graph and input.
         precision, target: what the result is called, and what its graphs are for. metric, max_loss: see ``quantize.Options``.
+        kept: what the baseline says under teacher forcing; None where there is one attempt at most.
+        known: the blocks that were found already, by graph.
     """
 
     artifact: Artifact
@@ -66,15 +69,16 @@ class Ground:
     target: str
     metric: str | None
     max_loss: float | None
+    kept: Kept | None = None
+    known: dict[str, Known] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A manifest, complete but for its files; the verdict; and the rounded weights by graph and name."""
+    """A manifest, complete but for its files, and the verdict."""
 
     manifest: Manifest
     verdict: gate.Verdict
-    blocks: Mapping[str, Mapping[str, Blocks]]
 
 
 def graphs_of(artifact: Artifact) -> dict[str, ir.Model]:
@@ -100,7 +104,7 @@ def attempt(
     clear(directory)
     report("quantize")
     models = graphs_of(artifact)
-    blocks = {name: rounded(model, recipe, ground.moments.get(name, {}), graph=name) for name, model in models.items()}
+    blocks = blocks_of(ground, models, recipe)
     for name, model in models.items():
         put(model.graph, blocks[name])
     report("pack")
@@ -119,13 +123,21 @@ def attempt(
     calibration = {
         "scheme": _scheme(recipe),
         "weights": {name: _counted(mine) for name, mine in blocks.items()},
-        "finer": [_finer(each, blocks[each.graph]) for each in found if each.name in recipe.finer],
+        "finer": finer(found, recipe),
         "data": ground.calibrated.to_json(),
         "products": proved.to_json(),
         "graphs": {"largest_error": float(f"{around.largest_error:.2e}"), "tolerance": around.tolerance},
         "loss": verdict.certificate(),
     }
-    return Attempt(manifest=replace(manifest, calibration=calibration), verdict=verdict, blocks=blocks)
+    return Attempt(manifest=replace(manifest, calibration=calibration), verdict=verdict)
+
+
+def blocks_of(ground: Ground, models: Mapping[str, ir.Model], recipe: Recipe) -> dict[str, dict[str, Blocks]]:
+    """The rounded weights of ``models`` by graph and name."""
+    return {
+        name: rounded(model, recipe, ground.moments.get(name, {}), ground.known.setdefault(name, {}), graph=name)
+        for name, model in models.items()
+    }
 
 
 def finish(
@@ -164,11 +176,18 @@ def _scheme(recipe: Recipe) -> dict[str, Any]:
     return {**vars(recipe.scheme), "method": str(recipe.method), "activations": activations, **encoder}
 
 
-def _finer(found: Sensitivity, blocks: Mapping[str, Blocks]) -> dict[str, Any]:
-    """A weight of a finer scheme, and why: what rounding it alone as the others did to the model."""
-    scheme = blocks[found.name].scheme if found.name in blocks else None
-    kept = "float32" if scheme is None else f"{scheme.bits} bits in blocks of {scheme.block}"
-    return {"graph": found.graph, "weight": found.name, "as": kept, "divergence_nats": float(f"{found.nats:.3g}")}
+def finer(found: Sequence[Sensitivity], recipe: Recipe | StaticRecipe) -> list[dict[str, Any]]:
+    """The weights of a finer scheme, and why: what rounding each alone as the others did to the model."""
+    return [
+        {
+            "graph": each.graph,
+            "weight": each.name,
+            "as": recipe.form(each.name, graph=each.graph) or "float32",
+            "divergence_nats": float(f"{each.nats:.3g}"),
+        }
+        for each in found
+        if each.name in recipe.finer
+    ]
 
 
 def _counted(blocks: Mapping[str, Blocks]) -> dict[str, int]:
@@ -244,7 +263,9 @@ def _measured(ground: Ground, staged: Artifact, progress: Callable[[int, int], N
         references=known,
         baseline=before.texts,
         candidate=after.texts,
-        agreement=evaluate.agreement(ground.baseline, candidate, samples, (before, after), progress=progress),
+        agreement=evaluate.agreement(
+            ground.baseline, candidate, samples, (before, after), kept=ground.kept, progress=progress
+        ),
         compared=gate.Compared(
             data=samples.sha256,
             baseline=gate.fingerprint(artifact.manifest),

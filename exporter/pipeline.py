@@ -24,6 +24,7 @@ from txopt.exporter.optimum_folder import is_folder
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
 from txopt.exporter.quantize import STAGES as QUANTIZE_STAGES
 from txopt.exporter.quantize import Options, quantize_artifact
+from txopt.exporter.report import check as check_page
 from txopt.exporter.trace import Trace, trace
 from txopt.runtime import cases as reference_cases
 from txopt.runtime.artifact import Artifact
@@ -64,6 +65,7 @@ def export(
     metric: str | None = None,
     scheme: str | None = None,
     method: str | None = None,
+    report: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     prove: bool = False,
     progress: Progress | None = None,
@@ -78,7 +80,7 @@ def export(
         target: what the graphs are lowered for: "cpu" or "cuda"; with the scheme "static" also "tensorrt".
         precision: "fp32", "fp16" or "bf16"; "int8", "int4" or "fp8".
         trust_remote_code: run code that came with a checkpoint.
-        calibration, max_loss, metric, scheme, method: for "int8", "int4" and "fp8", see ``quantize.Options``.
+        calibration, max_loss, metric, scheme, method, report: for "int8", "int4" and "fp8", see ``quantize.Options``.
         overwrite: replace the artifact that is at ``out``.
         prove: replay every rewrite of the graphs alone, and leave out what does not hold.
         progress: called with the name of each of ``stages`` as it begins; while integers are made also with (stage, done, total).
@@ -89,41 +91,46 @@ def export(
     """
     asked = {"calibration": calibration, "max_loss": max_loss, "metric": metric, "scheme": scheme, "method": method}
     asked = {name: value for name, value in asked.items() if value is not None}
-    _check_options(target, precision, asked)
+    _check_options(target, precision, asked if report is None else {**asked, "report": report})
     if precision in QUANTIZED:
-        options = Options(precision=precision, target=target, **asked)
+        page = None if report is None else Path(report)
+        options = Options(precision=precision, target=target, report=page, **asked)
         options.check()
+        if page is not None:
+            check_page(page, overwrite=overwrite)
         with tempfile.TemporaryDirectory(prefix="txopt-") as folder, ArtifactWriter(out, overwrite=overwrite):
             whole = Path(folder) / Path(out).name
             export(source, whole, trust_remote_code=trust_remote_code, prove=prove, progress=progress)
             return quantize_artifact(whole, out, options, overwrite=overwrite, progress=progress)
-    report = progress or (lambda stage: None)
+    advance = progress or (lambda stage: None)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         if is_folder(source):
-            manifest, skipped = optimum.draft(Path(source), writer, target=target, precision=precision, progress=report)
-            return _verified(writer, _with_known_options(manifest), skipped, report)
-        report("load")
+            manifest, skipped = optimum.draft(
+                Path(source), writer, target=target, precision=precision, progress=advance
+            )
+            return _verified(writer, _with_known_options(manifest), skipped, advance)
+        advance("load")
         opened = checkpoint.load(source, DTYPES[precision], trust_remote_code=trust_remote_code)
         computed, wide = computed_in(precision, target), islands(opened.source)
         if computed != DTYPES[precision]:
             widen(opened.source)
-        report("record")
+        advance("record")
         cases = reference.record(opened.source)
-        report("trace")
+        advance("trace")
         traced = trace(opened.source, computed)
-        report("fuse")
+        advance("fuse")
         feeds = proof_feeds.feeds(traced.specs, cases, opened.source.facts.limit) if prove else {}
         reports = {name: fusion.fuse(model, feeds=feeds.get(name)) for name, model in traced.graphs.items()}
-        report("lower")
+        advance("lower")
         for model in traced.graphs.values():
             LOWERINGS[target](model, precision)
         fused = {name: _fused(model, reports[name]) for name, model in traced.graphs.items()}
-        report("write")
+        advance("write")
         weights.write(traced.graphs, writer.directory)
         reference_cases.save(cases, writer.directory)
         origin = {**opened.origin, "fp32_islands": wide if precision != "fp32" else []}
         manifest = _manifest(opened, traced, fused, writer.directory, origin=origin, target=target, precision=precision)
-        return _verified(writer, _with_known_options(manifest), plans(opened.source.facts)[1], report)
+        return _verified(writer, _with_known_options(manifest), plans(opened.source.facts)[1], advance)
 
 
 def record_and_replay(

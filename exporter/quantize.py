@@ -6,24 +6,36 @@ The graphs come from the artifact: PyTorch is not needed.
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from txopt.calibration import evaluate, gate, metrics
+from txopt.calibration import activations, evaluate, gate, metrics
 from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
+from txopt.calibration.kept import Kept
+from txopt.calibration.layers import in_blocks, in_channels
 from txopt.calibration.linears import LEAST_SIZE, reads
 from txopt.calibration.recipe import Recipe, Scheme, StaticRecipe, recipe_of
 from txopt.calibration.samples import Samples
-from txopt.calibration.search import attempts
-from txopt.calibration.sensitivity import sensitivities, tables_of
-from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
-from txopt.exporter.static import static_attempt
+from txopt.calibration.sensitivity import (
+    Alone,
+    Sensitivity,
+    alone_in_blocks,
+    alone_static,
+    sensitivities,
+    tables_of,
+)
+from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, blocks_of, graphs_of
+from txopt.exporter.report import Rounding, Sheet, gathered, reported
+from txopt.exporter.report import check as check_page
+from txopt.exporter.search import Course, Way, searched
+from txopt.exporter.static import prepared, static_attempt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.files import MANIFEST
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.model import Model
 from txopt.runtime.writer import ArtifactWriter
@@ -33,7 +45,7 @@ MOST_CALIBRATED = 128  # samples; more hardly change second moments
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("open", "data", "calibrate", "quantize", "pack", "check", "measure", "sensitivity")
+STAGES = ("open", "data", "calibrate", "quantize", "pack", "check", "measure", "sensitivity", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,8 @@ class Options:
         block: rows of a weight with one scale; None: as recipe.SCHEMES.
         limit: most samples that are measured.
         steps: which positions calibration sees.
+        ranges: of the static scheme, where ranges of activations are read from, or written to where nothing is.
+        report: where a page about it is written, also of a refusal.
         language: the pipeline's options for the data (source_language, target_language, language, task).
     """
 
@@ -64,6 +78,8 @@ class Options:
     block: int | None = None
     limit: int | None = LIMIT
     steps: Steps = Steps.LOOP
+    ranges: Path | None = None
+    report: Path | None = None
     language: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> Recipe | StaticRecipe:
@@ -76,6 +92,8 @@ class Options:
         if self.metric is not None:
             metrics.metric(self.metric)
         gate.check_limit(self.metric, self.max_loss)
+        if self.ranges is not None and not isinstance(recipe, StaticRecipe):
+            raise UsageError("--ranges: weights in blocks have none; leave it out, or choose --scheme static")
         if isinstance(self.calibration, str | Path) and not Path(self.calibration).is_file():
             raise InputError(f"{self.calibration}: expected a file of calibration data, found none; check the name")
         return recipe
@@ -94,6 +112,8 @@ def quantize(
     method: str | None = None,
     block: int | None = None,
     limit: int | None = LIMIT,
+    ranges: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -108,6 +128,8 @@ def quantize(
         method=method,
         block=block,
         limit=limit,
+        ranges=None if ranges is None else Path(ranges),
+        report=None if report is None else Path(report),
     )
     return quantize_artifact(artifact, out, options, overwrite=overwrite, progress=progress)
 
@@ -127,10 +149,30 @@ def quantize_artifact(
         LossError: more was lost than ``max_loss`` allows. ParityError: the engine does not compute what the integers stand for.
     """
     recipe = options.check()
+    if options.ranges is not None:
+        _check_beside(options.ranges, Path(source), Path(out))
+    if options.report is not None:
+        check_page(options.report, overwrite=overwrite)
+    facts = {"out": Path(out).name, "precision": options.precision, "max_loss": options.max_loss}
+    with reported(options.report, facts, overwrite=overwrite) as sheet:
+        return _quantized(Artifact.open(source), out, options, recipe, sheet, overwrite=overwrite, progress=progress)
+
+
+def _quantized(
+    artifact: Artifact,
+    out: str | os.PathLike[str],
+    options: Options,
+    recipe: Recipe | StaticRecipe,
+    sheet: Sheet | None,
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Artifact:
     report = progress or (lambda stage, done=0, total=0: None)
     report("open")
-    artifact = Artifact.open(source)
     _check(artifact.manifest)
+    if sheet is not None:
+        sheet.document["source"] = str(artifact.manifest.source.get("name") or artifact.path.name)
     if not any(reads(model.graph) for model in graphs_of(artifact).values()):
         raise UsageError(
             f"expected weights that can be rounded, matrices of at least {LEAST_SIZE} numbers, found none; keep it in fp32"
@@ -158,11 +200,70 @@ def quantize_artifact(
             target=options.target,
             metric=options.metric,
             max_loss=options.max_loss,
+            kept=None if options.max_loss is None else Kept(),
         )
-        if isinstance(recipe, StaticRecipe):
-            return writer.commit(static_attempt(ground, recipe, writer, report, options.steps))
-        made = _searched(ground, recipe, writer, report)
+        if isinstance(recipe, Recipe):
+            made = _in_blocks(ground, recipe, writer, report, sheet)
+        else:
+            made = _static(ground, recipe, options, writer, report, sheet)
         return writer.commit(made.manifest)
+
+
+def _in_blocks(
+    ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress, sheet: Sheet | None
+) -> Attempt:
+    artifact, models = ground.artifact, graphs_of(ground.artifact)
+
+    def made(recipe: Recipe, found: Sequence[Sensitivity]) -> Attempt:
+        return attempt(ground, recipe, writer, report, found)
+
+    def sense() -> list[Sensitivity]:
+        tables = {name: tables_of(model.graph) for name, model in models.items()}
+        return _sensitivities(
+            ground, artifact, alone_in_blocks(artifact, blocks_of(ground, models, recipe), tables), report
+        )
+
+    def rounding(recipe: Recipe) -> Rounding:
+        return partial(in_blocks, blocks_of(ground, models, recipe), recipe)
+
+    course = Course(recipe=recipe)
+    with gathered(sheet, course, ground, artifact, rounding, report):
+        way = Way(recipe=recipe, attempt=made, sensitivities=sense)
+        return searched(way, ground, writer, course, timed=sheet is not None)
+
+
+def _static(
+    ground: Ground,
+    recipe: StaticRecipe,
+    options: Options,
+    writer: ArtifactWriter,
+    report: Progress,
+    sheet: Sheet | None,
+) -> Attempt:
+    with prepared(ground, recipe, report, options.steps, file=options.ranges) as given:
+        models = graphs_of(given.artifact)
+        amax = {name: activations.amax_of(given.ranges, name) for name in models}
+
+        def made(recipe: StaticRecipe, found: Sequence[Sensitivity]) -> Attempt:
+            return static_attempt(ground, given, recipe, writer, report, found)
+
+        def sense() -> list[Sensitivity]:
+            return _sensitivities(
+                ground, given.artifact, alone_static(given.artifact, models, amax, recipe.codes), report
+            )
+
+        def rounding(recipe: StaticRecipe) -> Rounding:
+            return partial(in_channels, amax, recipe)
+
+        course = Course(recipe=recipe)
+        with gathered(sheet, course, ground, given.artifact, rounding, report, ranges=given.ranges):
+            way = Way(recipe=recipe, attempt=made, sensitivities=sense)
+            return searched(way, ground, writer, course, timed=sheet is not None)
+
+
+def _sensitivities(ground: Ground, artifact: Artifact, alone: Sequence[Alone], report: Progress) -> list[Sensitivity]:
+    report("sensitivity")
+    return sensitivities(artifact, alone, ground.measured, said=ground.heard, progress=partial(report, "sensitivity"))
 
 
 def _parted(samples: Samples) -> tuple[Samples, Samples]:
@@ -188,28 +289,13 @@ def _moments(
     return second_moments(artifact, graphs_of(artifact), samples, said=said, steps=steps, progress=progress)
 
 
-def _searched(ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress) -> Attempt:
-    """The first attempt that loses no more than is allowed; LossError of the coarsest one where none does."""
-    first = attempt(ground, recipe, writer, report)
-    if first.verdict.passed or ground.max_loss is None:
-        first.verdict.require()
-        return first
-    logger.warning("%s; trying with finer weights", first.verdict)
-    report("sensitivity")
-    found = sensitivities(
-        ground.artifact,
-        first.blocks,
-        ground.measured,
-        said=ground.heard,
-        tables={name: tables_of(model.graph) for name, model in graphs_of(ground.artifact).items()},
-        progress=partial(report, "sensitivity"),
-    )
-    for finer in attempts(recipe, found):
-        made = attempt(ground, finer, writer, report, found)
-        if made.verdict.passed:
-            return made
-    first.verdict.require()
-    raise AssertionError("a verdict that has not passed raises")
+def _check_beside(ranges: Path, *artifacts: Path) -> None:
+    folder = Path(os.path.realpath(ranges.parent))
+    for artifact in artifacts:
+        if (artifact / MANIFEST).is_file() and folder.is_relative_to(os.path.realpath(artifact)):
+            raise UsageError(
+                f"--ranges {ranges}: is inside the artifact, which holds the files of its manifest and no others; keep it elsewhere"
+            )
 
 
 def _check(manifest: Manifest) -> None:

@@ -41,6 +41,7 @@ RULES = {
     "calibration": rule(f"{CALIBRATION} onnxruntime", RUNTIME_LAZILY),
     "calibration/metrics.py": rule(CALIBRATION, "jiwer sacrebleu"),
     "exporter": rule(EXPORTER, "PIL soundfile"),
+    "exporter/report.py": rule(EXPORTER, "txopt.page"),  # which knows nothing above runtime
     "exporter/engine.py": rule(f"{EXPORTER} tensorrt tensorrt_rtx"),
     "src/txopt/__init__.py": rule("", ANY_OF_OURS),
     "src/optimum": rule("optimum.commands", "txopt.cli"),

@@ -53,6 +53,10 @@ Method = Annotated[
         help="how weights are rounded: rtn, hqq, clip or gptq; with static how ranges are found: absmax, percentile, entropy or mse"
     ),
 ]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE", help="write a page about what was lost and why, also of a refusal"),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
 
@@ -71,6 +75,7 @@ def export(
     metric: Metric = None,
     scheme: Scheme = None,
     method: Method = None,
+    report: ReportFile = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that came with the checkpoint")
     ] = False,
@@ -96,6 +101,7 @@ def export(
             metric=metric,
             scheme=scheme,
             method=method,
+            report=report,
             trust_remote_code=trust_remote_code,
             overwrite=overwrite,
             prove=prove,
@@ -103,7 +109,7 @@ def export(
         )
     from txopt.summary import of_artifact
 
-    console.result(*of_artifact(artifact, shown=str(out)))
+    console.result(*_with_page(of_artifact(artifact, shown=str(out)), report))
 
 
 @app.command()
@@ -119,6 +125,13 @@ def quantize(
     method: Method = None,
     block: Annotated[int | None, typer.Option(help="rows of a weight that share a scale: 16 to 256")] = None,
     limit: Annotated[int, typer.Option(help="most samples to calibrate and measure on")] = 256,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="static: take ranges of activations from here, or keep them here if it is not there"
+        ),
+    ] = None,
+    report: ReportFile = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an artifact that is at OUT")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -141,12 +154,14 @@ def quantize(
             method=method,
             block=block,
             limit=limit,
+            ranges=ranges,
+            report=report,
             overwrite=overwrite,
             progress=progress,
         )
     from txopt.summary import of_artifact
 
-    console.result(*of_artifact(made, shown=str(out)))
+    console.result(*_with_page(of_artifact(made, shown=str(out)), report))
 
 
 @app.command()
@@ -236,7 +251,9 @@ def run(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="an artifact's directory, or any .onnx file")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="an artifact's directory, any .onnx file, or a .json file of ranges")
+    ],
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write a page to look at: the graph by layers")
     ] = None,
@@ -358,6 +375,11 @@ def _console(quiet: bool, verbose: bool, as_json: bool) -> Any:
 
     set_up_logging(quiet=quiet, verbose=verbose)
     return Console(quiet=quiet, as_json=as_json)
+
+
+def _with_page(result: tuple[dict[str, Any], str], page: Path | None) -> tuple[dict[str, Any], str]:
+    document, text = result
+    return result if page is None else ({**document, "report": str(page)}, f"{text}\n  report: {page}")
 
 
 def _print_piece(piece: str) -> None:

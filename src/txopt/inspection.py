@@ -1,4 +1,4 @@
-"""``txopt inspect``: what is in an artifact or a .onnx file, as a document, in lines, and as a page where one is asked for."""
+"""``txopt inspect``: what is in an artifact, a .onnx file or a file of ranges, as a document and in lines, or as a page."""
 
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,19 @@ def inspect(path: Path, *, html: Path | None = None, overwrite: bool = False) ->
     """(document, text) of what is at ``path``; writes a page to ``html``.
 
     Args:
-        path: an artifact's directory, or a .onnx file, which is parsed in a process of its own.
+        path: an artifact's directory; a .onnx file, which is parsed in a process of its own; or a .json file of ranges.
         html: the file to make; it is there as a whole or not at all.
         overwrite: replace a page that an earlier inspection left at ``html``; anything else there is never touched.
 
     Raises:
-        UsageError: ``html`` may not be written. SourceError: ``path`` is no ONNX file. ArtifactError: it is no intact artifact.
+        UsageError: ``html`` may not be written. SourceError: ``path`` is no ONNX file. ArtifactError: it is no intact artifact, or
+            holds no ranges.
         MissingDependencyError: a package that the page or the parser needs is not installed.
     """
+    if path.suffix == ".json" and not path.is_dir():
+        if html is not None or overwrite:
+            raise UsageError("--html is for artifacts and .onnx files; txopt quantize --report draws ranges")
+        return _of_ranges(path)
     if html is None:
         if overwrite:
             raise UsageError("--overwrite replaces a page: give its name with --html")
@@ -31,6 +36,14 @@ def inspect(path: Path, *, html: Path | None = None, overwrite: bool = False) ->
         return document, text
     file.write(html, page, overwrite=overwrite)
     return {**document, "html": str(html)}, f"{text}\n  page: {html}"
+
+
+def _of_ranges(path: Path) -> tuple[dict[str, Any], str]:
+    from txopt.calibration.ranges import Ranges
+    from txopt.summary import of_ranges
+
+    document = Ranges.open(path).to_json()
+    return document, of_ranges(document, str(path))
 
 
 def _of_onnx(path: Path, html: Path | None) -> tuple[dict[str, Any], str, str | None]:

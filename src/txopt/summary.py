@@ -1,5 +1,6 @@
 """Artifacts, parity reports and foreign graphs as people read them: a JSON document and a few lines of text."""
 
+import math
 from typing import Any
 
 from txopt.runtime.artifact import Artifact
@@ -70,6 +71,37 @@ def _rounding(found: Any) -> list[str]:
         ]
     except (TypeError, KeyError, ValueError):
         return []
+
+
+def of_ranges(document: dict[str, Any], shown: str) -> str:
+    """A file of ranges (calibration/ranges.py) in lines, each tensor with a plot of its magnitudes."""
+    key, tensors = document["key"], {_printable(name): found for name, found in document["tensors"].items()}
+    width = min(60, max(map(len, tensors), default=0))
+    settings = ", ".join(
+        _printable(f"{name} {value}") for name, value in key["settings"].items() if not isinstance(value, dict)
+    )
+    return "\n".join(
+        [
+            f"{shown}: ranges of {len(tensors)} tensors, by {key['method']}",
+            f"  made from graphs {key['graph'][:12]}…, data {key['data'][:12]}…, {settings}",
+            *(f"  {name:{width}}  {_plotted(found)}" for name, found in tensors.items()),
+        ]
+    )
+
+
+def _printable(text: str) -> str:
+    """``text`` from a file, which must not steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _plotted(found: dict[str, Any]) -> str:
+    bars = found["histogram"]["bars"]
+    columns = [max(bars[start : start + 4]) for start in range(0, len(bars), 4)]
+    top = math.log1p(max(columns, default=0)) or 1.0
+    plot = "".join(_HEIGHTS[round(math.log1p(count) / top * (len(_HEIGHTS) - 1))] for count in columns)
+    if isinstance(found["amax"], (list, tuple)):
+        return f"{plot:16}  {len(found['amax'])} channels, clipped at up to {max(found['amax']):.4g}"
+    return f"{plot:16}  {found['min']:.4g} to {found['max']:.4g}, clipped at {found['amax']:.4g}; {found['count']:,} values"
 
 
 def of_parity(report: ParityReport) -> str:
@@ -185,6 +217,7 @@ def _shape(shape: list[Any] | None) -> str:
 
 
 _MOST_RUNS = 40
+_HEIGHTS = " ▁▂▃▄▅▆▇█"
 _HEADLINES = (
     *("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm"),
     *("com.microsoft::MatMulNBits", "com.microsoft::GatherBlockQuantized"),

@@ -18,7 +18,7 @@ from txopt.exporter.attempt import graphs_of
 from txopt.exporter.pipeline import export
 from txopt.exporter.quantize import quantize
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.errors import LossError, UsageError
+from txopt.runtime.errors import LossError, StaleError, UsageError
 from txopt.runtime.model import Model
 from txopt.runtime.parity import verify
 
@@ -141,9 +141,13 @@ def test_ranges_serve_again_while_nothing_changed(
     with monkeypatch.context() as patched:
         patched.setattr(activations, "observe", never)
         assert activations.ranges(g2p, names, samples, MSE(), file=file) == first
-        for changed in ({"method": MSE(bits=7)}, {"samples": samples.part(0, 8)}, {"steps": Steps.FIRST}):
+        for changed, named in (
+            ({"method": MSE(bits=7)}, "settings.mse"),
+            ({"samples": samples.part(0, 8)}, "data: expected"),
+            ({"steps": Steps.FIRST}, "settings.steps"),
+        ):
             given = {"samples": samples, "method": MSE(), **changed}
-            with pytest.raises(AssertionError, match="observed again"):
+            with pytest.raises(StaleError, match=named):
                 activations.ranges(g2p, names, file=file, **given)
     assert set(first.tensors) == {f"{graph}:{name}" for graph, mine in names.items() for name in mine}
 

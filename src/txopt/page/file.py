@@ -9,7 +9,12 @@ from txopt.runtime.errors import UsageError
 from txopt.runtime.files import read, sync
 from txopt.runtime.written import check_outside
 
-MARK = b"<!doctype html>\n<!-- written by txopt inspect -->\n"
+# What pages begin with, by template.
+MARKS = {
+    "page.html": b"<!doctype html>\n<!-- written by txopt inspect -->\n",
+    "quantization.html": b"<!doctype html>\n<!-- written by txopt quantize -->\n",
+}
+MARK = MARKS["page.html"]
 
 
 def check(target: Path, *, overwrite: bool) -> None:
@@ -22,7 +27,7 @@ def check(target: Path, *, overwrite: bool) -> None:
         return
     if not _is_page(target):
         raise UsageError(
-            f"{target}: expected no file, or a page of txopt inspect, found something else, which is never overwritten; "
+            f"{target}: expected no file, or a page of txopt, found something else, which is never overwritten; "
             "choose another name"
         )
     if not overwrite:
@@ -30,7 +35,7 @@ def check(target: Path, *, overwrite: bool) -> None:
 
 
 def write(target: Path, page: str, *, overwrite: bool) -> None:
-    """Puts ``page``, which begins with MARK, at ``target``, at once.
+    """Puts ``page``, which begins with one of MARKS, at ``target``, at once.
 
     Raises:
         UsageError: it cannot be written, or something appeared there meanwhile.
@@ -67,6 +72,6 @@ def _publish(draft: Path, target: Path) -> None:
 
 def _is_page(target: Path) -> bool:
     try:
-        return target.is_file() and read(target, len(MARK)) == MARK
+        return target.is_file() and read(target, max(map(len, MARKS.values()))).startswith(tuple(MARKS.values()))
     except OSError:  # a link, which is not followed
         return False
