@@ -19,7 +19,7 @@ from txopt.exporter.quantize import Options, quantize_artifact
 from txopt.runtime.model import Model
 
 MODELS = ("t5-small", "marian")
-SCHEMES = {"int8": ("weights", "mixed", "rows"), "int4": ("weights",)}  # by precision
+SCHEMES = {"int8": ("weights", "mixed", "rows", "static"), "int4": ("weights",)}  # by precision
 BATCHES, SOURCE_LENGTH, NEW_TOKENS, REPEATS = (1, 8), 64, 64, 5
 LENGTHS = (
     64,
@@ -47,7 +47,7 @@ def measure(
             after = quantize_artifact(
                 before.path,
                 work / f"{name}-{precision}-{scheme}",
-                Options(precision=precision, scheme=scheme, method="rtn", limit=2),
+                Options(precision=precision, scheme=scheme, method=None if scheme == "static" else "rtn", limit=2),
             )
             baseline, candidate = Model(before), Model(after)
             if "speed" in parts:

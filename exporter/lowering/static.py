@@ -2,9 +2,11 @@
 
 1. Activations become uint8 with zero point 128. On x86 the engine multiplies uint8 with int8. It rewrites pairs of int8 itself, but
    not where several products share one: these it would compute in float, from weights that it dequantizes in every run.
-2. Tokens look up codes and scales of a table (tables.py).
+2. Relu between a product and its rounding becomes Max with 0: the engine takes Relu for a part of the rounding, finds that it is not
+   with a zero point of 128, and leaves the product in float.
+3. Tokens look up codes and scales of a table (tables.py).
 
-Both are exact. The graph stays standard ONNX; TensorRT gets the one before.
+All are exact. The graph stays standard ONNX; TensorRT gets the one before.
 """
 
 import numpy as np
@@ -22,8 +24,20 @@ def lower_static(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "QuantizeLinear" and _is_int8(node):
             _shift(model.graph, node)
+        elif node.op_type == "Relu" and any(user.op_type == "QuantizeLinear" for user, _ in node.outputs[0].uses()):
+            _maximum(model.graph, node)
         elif node.op_type == "Gather":
             look_up(model.graph, node)
+
+
+def _maximum(graph: ir.Graph, relu: ir.Node) -> None:
+    nothing = constant(graph, "static/nothing", ir.Tensor(np.array(0, np.float32)))
+    new = ir.node("Max", [relu.inputs[0], nothing], name=relu.name)
+    old, made = relu.outputs[0], new.outputs[0]
+    made.name, made.shape, made.type = old.name, old.shape, old.type
+    graph.insert_before(relu, new)
+    old.replace_all_uses_with(made, replace_graph_outputs=True)
+    graph.remove(relu, safe=True)
 
 
 def _is_int8(quantize: ir.Node) -> bool:

@@ -44,11 +44,27 @@ def tied() -> ir.Model:
     return model
 
 
+def activated() -> ir.Model:
+    """Two products with a Relu between them."""
+    model = graph(
+        *linear("x", "left", "a"),
+        node("Relu", "a", "h"),
+        *linear("h", "right", "y"),
+        constants={f"{name}.weight": normal(WIDTH, WIDTH, seed=seed) for seed, name in enumerate(("left", "right"))}
+        | {f"{name}.bias": normal(WIDTH, seed=seed) for seed, name in enumerate(("left", "right"))},
+        inputs=rows(WIDTH),
+    )
+    place(model.graph, {"x": 4.0, "h": 20.0})
+    return model
+
+
 FEEDS = {"x": normal(2, 3, WIDTH, seed=5)}
 IDS = {"ids": np.array([[0, 79, 3], [3, 4, 5]])}
 
 
-@pytest.mark.parametrize(("make", "feeds"), [(shared, FEEDS), (tied, IDS)], ids=["shared", "tied"])
+@pytest.mark.parametrize(
+    ("make", "feeds"), [(shared, FEEDS), (activated, FEEDS), (tied, IDS)], ids=["shared", "activated", "tied"]
+)
 def test_lowering_changes_no_number(make, feeds) -> None:
     neutral, lowered = make(), make()
     lower_static(lowered)
@@ -64,7 +80,9 @@ def test_the_grid_is_the_same_at_both_ends() -> None:
     assert np.array_equal(reference(lowered, x=x)[0], reference(neutral, x=x)[0])
 
 
-@pytest.mark.parametrize(("make", "products"), [(shared, 2), (tied, 1)], ids=["shared", "tied"])
+@pytest.mark.parametrize(
+    ("make", "products"), [(shared, 2), (activated, 2), (tied, 1)], ids=["shared", "activated", "tied"]
+)
 def test_every_product_is_one_of_integers_and_no_table_is_dequantized_in_a_run(make, products, tmp_path: Path) -> None:
     lowered = make()
     lower_static(lowered)
