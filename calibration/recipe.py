@@ -4,7 +4,7 @@ Owns the choice of scheme and method for each weight; how codes are found is wei
 made of a static recipe is static.py's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -30,7 +30,6 @@ COLUMNS = BlockScheme(bits=8, block=None)  # the scheme of ROWS
 STATIC_TARGETS = ("cpu", "tensorrt")
 
 Moments = Mapping[str, NDArray[Any]]
-Progress = Callable[[int, int], None]
 
 
 class Scheme(StrEnum):

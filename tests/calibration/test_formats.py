@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.calibration.made import normal
-from tests.calibration.products import engine, graph, node, reference, rows
+from tests.calibration.graphs import engine, graph, node, reference, rows
 from txopt.calibration.channels import per_channel
 from txopt.calibration.formats import FORMATS, FP8, INT8, Format
 from txopt.calibration.static import place
