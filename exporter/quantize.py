@@ -21,6 +21,7 @@ from txopt.calibration.samples import Samples
 from txopt.calibration.search import attempts
 from txopt.calibration.sensitivity import sensitivities, tables_of
 from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
+from txopt.exporter.halves import HALVES, HalfRecipe, half_attempt
 from txopt.exporter.static import static_attempt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, UsageError
@@ -41,8 +42,8 @@ class Options:
     """How an artifact is quantized.
 
     Attributes:
-        precision: "int8" or "int4".
-        target: what the graphs are for: "cpu"; of the static scheme also "tensorrt".
+        precision: "int8", "int4" or "fp8"; "fp16" or "bf16".
+        target: what the graphs are for: "cpu"; of the static scheme also "tensorrt", of "fp16" also "cuda".
         calibration: see ``calibration.data.read``; None: made up, with a warning.
         max_loss: points of the metric that may be lost; None: measured, not limited.
         metric: its name; None: chosen by what the artifact does.
@@ -66,13 +67,18 @@ class Options:
     steps: Steps = Steps.LOOP
     language: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self) -> Recipe | StaticRecipe:
+    def check(self) -> Recipe | StaticRecipe | HalfRecipe:
         """The recipe, if all that can be judged without a model is right.
 
         Raises:
             UsageError: it is not. InputError: there is no such file of data. MissingDependencyError: the metric needs a package.
         """
-        recipe = recipe_of(self.scheme, self.precision, self.target, method=self.method, block=self.block)
+        given: Any = {"method": self.method, "block": self.block}
+        recipe: Recipe | StaticRecipe | HalfRecipe
+        if self.precision in HALVES:
+            recipe = HalfRecipe.of(self.precision, self.target, scheme=self.scheme, **given)
+        else:
+            recipe = recipe_of(self.scheme, self.precision, self.target, **given)
         if self.metric is not None:
             metrics.metric(self.metric)
         gate.check_limit(self.metric, self.max_loss)
@@ -161,6 +167,8 @@ def quantize_artifact(
         )
         if isinstance(recipe, StaticRecipe):
             return writer.commit(static_attempt(ground, recipe, writer, report, options.steps))
+        if isinstance(recipe, HalfRecipe):
+            return writer.commit(half_attempt(ground, recipe, writer, report, options.steps))
         made = _searched(ground, recipe, writer, report)
         return writer.commit(made.manifest)
 
@@ -169,8 +177,8 @@ def _parted(samples: Samples) -> tuple[Samples, Samples]:
     """Samples to calibrate on, and others to measure on: what was fitted to must not judge the fit. Few samples serve both."""
     if len(samples) < FEW:
         logger.warning(
-            "%d samples are too few to be parted: integers are fitted to those that the loss is measured on, which flatters them; "
-            "give at least %d",
+            "%d samples are too few to be parted: what is fitted to data is fitted to those that the loss is measured on, which "
+            "flatters it; give at least %d",
             len(samples),
             FEW,
         )

@@ -33,13 +33,9 @@ Prove = Annotated[bool, typer.Option("--prove", help="replay every fusion alone;
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="say more")]
 Calibration = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help=".txt .csv .jsonl texts, .tsv of files and texts, .npz arrays; for int8, int4 and fp8"
-    ),
+    typer.Option(metavar="FILE", help=".txt .csv .jsonl texts, .tsv of files and texts, .npz arrays; not for fp32"),
 ]
-MaxLoss = Annotated[
-    float | None, typer.Option(help="refuse what loses more points of the metric; for int8, int4 and fp8")
-]
+MaxLoss = Annotated[float | None, typer.Option(help="refuse what loses more points of the metric; not for fp32")]
 Metric = Annotated[str | None, typer.Option(help="what the loss is measured in; chosen by the task where not given")]
 Scheme = Annotated[
     str | None,
@@ -85,7 +81,7 @@ def export(
     _without_network_noise()
     with _needs_exporter():
         from txopt.exporter import huggingface, pipeline  # noqa: F401 - it brings transformers
-    with console.stages(pipeline.stages(precision)) as progress:
+    with console.stages(pipeline.stages(precision, calibrated=calibration is not None)) as progress:
         artifact = pipeline.export(
             source,
             out,
@@ -110,8 +106,8 @@ def export(
 def quantize(
     artifact: ArtifactPath,
     out: Annotated[Path, typer.Argument(help="the directory to make")],
-    precision: Annotated[str, typer.Option(help="int8, int4 or fp8")] = "int8",
-    target: Annotated[str, typer.Option(help="cpu; with --scheme static also tensorrt")] = "cpu",
+    precision: Annotated[str, typer.Option(help="int8, int4, fp8, fp16 or bf16")] = "int8",
+    target: Annotated[str, typer.Option(help="cpu; with --scheme static also tensorrt, in fp16 also cuda")] = "cpu",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,
@@ -124,7 +120,7 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Round the weights of an fp32 artifact to integers, and measure what that costs; needs no PyTorch."""
+    """Round an fp32 artifact to integers or half precision, and measure what that costs; needs no PyTorch."""
     console = _console(quiet, verbose, as_json)
     with _needs_exporter():
         from txopt.exporter import quantize as road

@@ -51,15 +51,12 @@ def _rounding(found: Any) -> list[str]:
     try:
         scheme, loss, data = found["scheme"], found["loss"], found["data"]
         lost, metric, agreed = loss["loss"], loss["metric"]["name"], loss["agreement"]["forced_tokens"]["value"]
-        kind = "symmetric" if scheme["symmetric"] else "with zero points"
         before, after = loss["baseline"]["figure"]["value"], loss["candidate"]["figure"]["value"]
         made_up = ", made up" if data["synthetic"] else ""
         limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
-        static = "block" not in scheme
         return [
-            f"  {scheme['activations'].partition(',')[0]}: ranges of activations by {scheme['method']}"
-            if static
-            else f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}",
+            _scheme(scheme),
+            *_islands(found.get("islands", {})),
             *(
                 f"    {each['weight']} in {each['as']}: {each['divergence_nats']:.1e} nats alone"
                 for each in found.get("finer", ())
@@ -70,6 +67,29 @@ def _rounding(found: Any) -> list[str]:
         ]
     except (TypeError, KeyError, ValueError):
         return []
+
+
+def _scheme(scheme: dict[str, Any]) -> str:
+    if "format" in scheme:
+        return f"  weights: {scheme['format']}; activations: {scheme['activations']}"
+    if "block" not in scheme:
+        return f"  {scheme['activations'].partition(',')[0]}: ranges of activations by {scheme['method']}"
+    kind = "symmetric" if scheme["symmetric"] else "with zero points"
+    return f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}"
+
+
+def _islands(islands: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Each island by its first node, and the first of its reasons."""
+    lines = []
+    for graph, mine in islands.items():
+        for island in mine:
+            first, count = island["reasons"][0], len(island["nodes"])
+            size = f", up to {first['largest']:.3g}" if "largest" in first else ""
+            lines.append(
+                f"    {graph}: {count} node{'s' if count > 1 else ''} in float32 from {island['nodes'][0]} on: "
+                f"{first['why']} of {first['tensor']}{size}"
+            )
+    return lines
 
 
 def of_parity(report: ParityReport) -> str:

@@ -180,4 +180,4 @@ def test_what_is_meant_can_be_computed_in_float32() -> None:
     assert operators(meant).count("ReduceMax") == 2
     lower_for_cpu(model, "int8")
     ids = np.array([[3, 1, 4, 1, 5]])
-    np.testing.assert_allclose(run(model, {"ids": ids})[0], run(meant, {"ids": ids})[0], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(engine(model, ids=ids)[0], engine(meant, ids=ids)[0], rtol=1e-4, atol=1e-3)
