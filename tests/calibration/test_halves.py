@@ -38,14 +38,14 @@ def test_inputs_outputs_and_constants_are_float16() -> None:
     model = loud()
     assert [value.dtype for value in (*model.graph.inputs, *model.graph.outputs)] == [ir.DataType.FLOAT16] * 2
     assert {value.dtype for value in model.graph.initializers.values()} == {ir.DataType.FLOAT16}
-    assert operators(model) == ["Add", "MatMul", "Mul"]
+    assert sorted(operators(model)) == ["Add", "MatMul", "Mul"]
 
 
 def test_logits_stay_float32_and_so_does_what_is_asked_for() -> None:
     model = half("(float[2,4] x) => (float[2,4] logits, float[2,4] z) { logits = Relu(x) z = Neg(x) }", wide=("z",))
     assert [value.dtype for value in model.graph.outputs] == [ir.DataType.FLOAT] * 2
     assert [str(value.name) for value in model.graph.outputs] == ["logits", "z"]
-    assert operators(model) == ["Cast", "Cast", "Neg", "Relu"]
+    assert sorted(operators(model)) == ["Cast", "Cast", "Neg", "Relu"]
 
 
 def test_an_overflow_that_the_cpu_provider_hides_shows_where_float16_is_stored() -> None:
@@ -107,12 +107,12 @@ def test_a_value_is_cast_once_for_all_of_its_readers() -> None:
 
 def test_a_cast_to_float_becomes_one_to_float16() -> None:
     model = half("(int64[4] x) => (float[4] y) { f = Cast<to=1>(x) y = Neg(f) }")
-    assert operators(model) == ["Cast", "Neg"]
+    assert sorted(operators(model)) == ["Cast", "Neg"]
 
 
 def test_shapes_are_read_as_they_are() -> None:
     model = half("(float[2,N] x) => (int64[2] y, float[2,N] z) { e = Exp(x) y = Shape(e) z = Neg(e) }", "e")
-    assert operators(model) == ["Cast", "Cast", "Exp", "Neg", "Shape"]
+    assert sorted(operators(model)) == ["Cast", "Cast", "Exp", "Neg", "Shape"]
 
 
 @pytest.mark.parametrize(

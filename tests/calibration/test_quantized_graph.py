@@ -20,7 +20,7 @@ LAYERS = "(float[B,Q,K] x) => (float[B,Q,K] y) { h = MatMul(x, a)  y = MatMul(h,
 def test_a_weight_becomes_a_standard_node() -> None:
     model = parsed(LAYERS, a=normal(100, 100), b=normal(100, 100, seed=1))
     put(model.graph, {"a": round_to_nearest(normal(100, 100), INT8)})
-    assert operators(model) == ["DequantizeLinear", "MatMul", "MatMul"]
+    assert sorted(operators(model)) == ["DequantizeLinear", "MatMul", "MatMul"]
     assert sorted(model.graph.initializers) == ["a/codes", "a/scales", "b"]
     node = next(node for node in model.graph if is_weight(node))
     assert {name: attribute.as_int() for name, attribute in node.attributes.items()} == {"axis": 0, "block_size": 64}
@@ -35,7 +35,7 @@ def test_a_weight_becomes_a_standard_node() -> None:
 def test_a_table_is_dequantized_once_for_all_its_readers(scheme: BlockScheme) -> None:
     model = parsed(TIED, w=normal(90, 70))
     (blocks,) = rounded(model, scheme).values()
-    assert operators(model) == ["DequantizeLinear", "Gather", "MatMul", "Transpose"]
+    assert sorted(operators(model)) == ["DequantizeLinear", "Gather", "MatMul", "Transpose"]
     node = next(iter(found(model.graph)))
     assert node.attributes["axis"].as_int() == 1
     codes = node.inputs[0]
@@ -91,7 +91,7 @@ def test_what_is_not_asked_for_stays_as_it_is() -> None:
     before = engine(model, x=normal(1, 2, 100))
     put(model.graph, {})
     put(model.graph, {"of the other graph": round_to_nearest(normal(100, 100), INT8)})
-    assert operators(model) == ["MatMul", "MatMul"]
+    assert sorted(operators(model)) == ["MatMul", "MatMul"]
     np.testing.assert_array_equal(engine(model, x=normal(1, 2, 100)), before)
 
 
