@@ -171,10 +171,11 @@ def _check_options(target: str, precision: str, asked: Mapping[str, Any]) -> Non
         problems.append(f"target: expected one of {', '.join(LOWERINGS)}, got {target!r}")
     if precision not in DTYPES:
         problems.append(f"precision: expected one of {', '.join((*DTYPES, *QUANTIZED))}, got {precision!r}")
-    elif precision in HALVES:
-        problems += [f"{name}: needs calibration data at {precision}; give them, or leave it out" for name in asked]
-    else:
-        problems += [f"{name}: is for lower precisions; leave it out at {precision}" for name in asked]
+    for name in asked:
+        if precision in HALVES and name not in ("scheme", "method"):
+            problems.append(f"{name}: needs calibration data at {precision}; give them, or leave it out")
+        else:
+            problems.append(f"{name}: is for {', '.join(QUANTIZED)}; leave it out at {precision}")
     if problems:
         raise UsageError(explain("this export cannot be made:", problems))
 

@@ -264,7 +264,7 @@ def test_choices_of_integers_are_refused(g2p: Artifact, tmp_path: Path, given: d
     ("given", "message"),
     [
         ({"precision": "fp16", "max_loss": 1.0}, "max_loss: needs calibration data at fp16"),
-        ({"precision": "fp32", "calibration": WORDS}, "calibration: is for lower precisions"),
+        ({"precision": "fp32", "calibration": WORDS}, "calibration: is for int8, int4, fp8; leave it out at fp32"),
         ({"precision": "bf16", "target": "cuda"}, "bf16 for the cuda target cannot be proved"),
         ({"precision": "bf16", "target": "cuda", "calibration": WORDS}, "bf16 for the cuda target cannot be proved"),
     ],
