@@ -23,20 +23,12 @@ class Batch:
         feeds: the encoder's inputs [B,...]; of a decoder alone, its prompts', padded on the left.
         prompt: int64 [B,P], what the decoder starts from; P is 0 for a decoder alone.
         labels: int64 [B,L], padded on the right with -100; None: no sample of the batch has a reference.
-        decoder_ids: int64 [B,P+L-1], what teacher forcing feeds: the prompt, and the labels without the last. Where labels are
-            padding there is some id that the model knows, and what comes of it means nothing. Column P-1+l is answered by label l.
     """
 
     indices: tuple[int, ...]
     feeds: Feeds
     prompt: Ids
     labels: Ids | None
-
-    @property
-    def decoder_ids(self) -> Ids:
-        if self.labels is None:
-            return self.prompt
-        return np.concatenate([self.prompt, np.maximum(self.labels[:, :-1], 0)], axis=1)
 
     @property
     def lengths(self) -> Ids:

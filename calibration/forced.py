@@ -162,12 +162,16 @@ def _tapped(
         )
     already = {*fed, *(str(out.name) for out in model.graph.outputs)}
     model.graph.outputs.extend(made[tap] for tap in taps if tap not in already)
+    saved(model, artifact, folder / file)
+    return folder / file, {tap: _axes((fed | made)[tap]) for tap in taps}
+
+
+def saved(model: ir.Model, artifact: Artifact, target: Path) -> None:
+    """Writes a changed graph of ``artifact`` to ``target``, its weights linked beside it where that is possible."""
     weights = [value.const_value for value in model.graph.initializers.values()]
     for part in {str(tensor.location) for tensor in weights if isinstance(tensor, ir.ExternalTensor)}:
-        _link(artifact.file(part), folder / part)
-    target = folder / file
+        _link(artifact.file(part), target.parent / part)
     ir.save(model, target)
-    return target, {tap: _axes((fed | made)[tap]) for tap in taps}
 
 
 def _axes(value: ir.Value) -> Dims:

@@ -87,11 +87,6 @@ class Measured:
     signature: str
     statistics: Statistics
 
-    @property
-    def figure(self) -> float:
-        """The corpus figure in points."""
-        return float(self.metric.figures(self.statistics.sum(axis=0, keepdims=True))[0])
-
 
 def metric(name: str) -> Metric:
     """The metric called ``name``.
@@ -100,9 +95,9 @@ def metric(name: str) -> Metric:
         UsageError: no metric is called so.
         MissingDependencyError: it needs jiwer or sacrebleu, which is not installed.
     """
-    if name not in _METRICS:
-        raise UsageError(f"expected a metric, one of {', '.join(_METRICS)}; found {name!r}")
-    return _METRICS[name](name)
+    if name not in METRICS:
+        raise UsageError(f"expected a metric, one of {', '.join(METRICS)}; found {name!r}")
+    return METRICS[name](name)
 
 
 def pick(task: str, *, has_references: bool, frontend: Mapping[str, Any], language: str | None = None) -> str:
@@ -237,7 +232,7 @@ def _missing(name: str, package: str) -> MissingDependencyError:
     return MissingDependencyError(f'the metric {name} needs {package}: pip install "txopt[calibration]"')
 
 
-_METRICS: dict[str, Callable[[str], Metric]] = {
+METRICS: dict[str, Callable[[str], Metric]] = {
     "wer": partial(_edit_rate, unit="words", form=spoken_form),
     "wer-raw": partial(_edit_rate, unit="words", form=single_spaced),
     "cer": partial(_edit_rate, unit="characters", form=spoken_form),
@@ -248,4 +243,3 @@ _METRICS: dict[str, Callable[[str], Metric]] = {
     "bleu": _sacrebleu,
     "chrf": _sacrebleu,
 }
-METRICS = tuple(_METRICS)

@@ -4,7 +4,7 @@ Owns the choice of scheme and method for each weight; how codes are found is wei
 made of a static recipe is static.py's.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -31,7 +31,6 @@ STATIC_TARGETS = ("cpu", "tensorrt")
 
 Moments = Mapping[str, NDArray[Any]]
 Known = dict[tuple[str, BlockScheme], Blocks]  # by the weight's name and its scheme
-Progress = Callable[[int, int], None]
 
 
 class Scheme(StrEnum):

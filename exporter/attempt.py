@@ -141,9 +141,20 @@ def blocks_of(ground: Ground, models: Mapping[str, ir.Model], recipe: Recipe) ->
 
 
 def finish(
-    ground: Ground, models: Mapping[str, ir.Model], writer: ArtifactWriter, report: Progress
+    ground: Ground,
+    models: Mapping[str, ir.Model],
+    writer: ArtifactWriter,
+    report: Progress,
+    *,
+    described: Manifest | None = None,
+    measured: Artifact | None = None,
 ) -> tuple[Manifest, gate.Verdict]:
     """Writes the lowered ``models`` beside their answers, replays these, and measures.
+
+    Args:
+        ground, models, writer, report: see ``attempt``.
+        described: the source's manifest where the graphs' dtypes are others now.
+        measured: who answers the gate's data; None: the artifact itself.
 
     Returns the manifest, complete but for its files and what calibration has to say, and the verdict.
 
@@ -153,15 +164,14 @@ def finish(
     artifact, directory = ground.artifact, writer.directory
     weights.write(models, directory)
     _copy_rest(artifact, directory)
-    manifest = _manifest(ground, models)
+    manifest = _manifest(described or artifact.manifest, ground, models)
     report("check")
     skipped = artifact.manifest.parity.get("skipped", ())
     parity = replay(writer.draft(manifest), cases.load(directory), skipped=skipped).require()
     report("measure")
     proven = replace(manifest, parity=parity.certificate())
-    return proven, _measured(
-        ground, writer.staged(proven), partial(report, "measure")
-    )  # by its hash, which counts the parity
+    staged = writer.staged(proven)  # by its hash, which counts the parity
+    return proven, _measured(ground, staged, Model(measured or staged), partial(report, "measure"))
 
 
 def clear(directory: Path) -> None:
@@ -249,9 +259,8 @@ def _copy_rest(artifact: Artifact, directory: Path) -> None:
         shutil.copyfile(artifact.file(name), directory / name)
 
 
-def _measured(ground: Ground, staged: Artifact, progress: Callable[[int, int], None]) -> gate.Verdict:
+def _measured(ground: Ground, staged: Artifact, candidate: Model, progress: Callable[[int, int], None]) -> gate.Verdict:
     samples, before, artifact = ground.measured, ground.heard, ground.artifact
-    candidate = Model(staged)
     after = evaluate.said(candidate, samples, progress=progress)
     references = [entry.source.target for entry in samples.entries]
     known = None if None in references else [[str(reference)] for reference in references]
@@ -275,8 +284,7 @@ def _measured(ground: Ground, staged: Artifact, progress: Callable[[int, int], N
     )
 
 
-def _manifest(ground: Ground, models: Mapping[str, ir.Model]) -> Manifest:
-    before = ground.artifact.manifest
+def _manifest(before: Manifest, ground: Ground, models: Mapping[str, ir.Model]) -> Manifest:
     fused = {name: {**before.fusion[name], "nodes": graphs.count(model)} for name, model in models.items()}
     versions = {**before.versions, "txopt": __version__, **{name: version(name) for name in _VERSIONS}}
     return replace(

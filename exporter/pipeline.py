@@ -19,6 +19,7 @@ from txopt.exporter.case_plan import plans
 from txopt.exporter.checkpoint import Checkpoint
 from txopt.exporter.frontend import check_images, collect, collect_files
 from txopt.exporter.fusion.report import Report
+from txopt.exporter.halves import HALVES, check_target, prove_stored
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.optimum_folder import is_folder
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
@@ -48,9 +49,9 @@ MOST_MOVED = 0.5  # logits; rounding moves them by less than that, in float16 to
 Progress = Callable[[str], None]
 
 
-def stages(precision: str) -> tuple[str, ...]:
-    """The stages of an export, in order."""
-    return (*STAGES, *QUANTIZE_STAGES) if precision in QUANTIZED else STAGES
+def stages(precision: str, *, calibrated: bool = False) -> tuple[str, ...]:
+    """The stages of an export, in order; ``calibrated``: with calibration data."""
+    return (*STAGES, *QUANTIZE_STAGES) if precision in QUANTIZED or calibrated else STAGES
 
 
 def export(
@@ -72,7 +73,8 @@ def export(
 ) -> Artifact:
     """Traces ``source``, fuses, writes and verifies; the artifact is at ``out`` only if it says what PyTorch says.
 
-    With a precision of integers, the artifact of float32 is then quantized, and at ``out`` only if it lost no more than ``max_loss``.
+    With a precision of integers, or with calibration data, the artifact of float32 is then quantized, and at ``out`` only if it lost
+    no more than ``max_loss``.
 
     Args:
         source: a checkpoint's directory or hub id, "package.module:factory", a custom module itself, or a folder of Optimum's.
@@ -80,7 +82,8 @@ def export(
         target: what the graphs are lowered for: "cpu" or "cuda"; with the scheme "static" also "tensorrt".
         precision: "fp32", "fp16" or "bf16"; "int8", "int4" or "fp8".
         trust_remote_code: run code that came with a checkpoint.
-        calibration, max_loss, metric, scheme, method, report: for "int8", "int4" and "fp8", see ``quantize.Options``.
+        calibration, max_loss, metric, scheme, method, report: for "int8", "int4" and "fp8", see ``quantize.Options``; with
+            ``calibration``, the FP32 islands of "fp16" are found on it. Without, they are those that transformers keeps.
         overwrite: replace the artifact that is at ``out``.
         prove: replay every rewrite of the graphs alone, and leave out what does not hold.
         progress: called with the name of each of ``stages`` as it begins; while integers are made also with (stage, done, total).
@@ -92,7 +95,9 @@ def export(
     asked = {"calibration": calibration, "max_loss": max_loss, "metric": metric, "scheme": scheme, "method": method}
     asked = {name: value for name, value in asked.items() if value is not None}
     _check_options(target, precision, asked if report is None else {**asked, "report": report})
-    if precision in QUANTIZED:
+    if precision in HALVES:
+        check_target(precision, target)
+    if precision in QUANTIZED or "calibration" in asked:
         page = None if report is None else Path(report)
         options = Options(precision=precision, target=target, report=page, **asked)
         options.check()
@@ -130,7 +135,11 @@ def export(
         reference_cases.save(cases, writer.directory)
         origin = {**opened.origin, "fp32_islands": wide if precision != "fp32" else []}
         manifest = _manifest(opened, traced, fused, writer.directory, origin=origin, target=target, precision=precision)
-        return _verified(writer, _with_known_options(manifest), plans(opened.source.facts)[1], advance)
+        manifest = _with_known_options(manifest)
+        if precision == "fp16":
+            advance("verify")
+            prove_stored(writer.draft(manifest), traced.graphs)
+        return _verified(writer, manifest, plans(opened.source.facts)[1], advance)
 
 
 def record_and_replay(
@@ -162,15 +171,18 @@ def _check_same(ours: Manifest, kind: str, task: str) -> None:
 
 
 def _check_options(target: str, precision: str, asked: Mapping[str, Any]) -> None:
-    if precision in QUANTIZED:
+    if precision in QUANTIZED or (precision in HALVES and "calibration" in asked):
         return  # quantize.Options checks these
     problems = []
     if target not in LOWERINGS:
         problems.append(f"target: expected one of {', '.join(LOWERINGS)}, got {target!r}")
     if precision not in DTYPES:
         problems.append(f"precision: expected one of {', '.join((*DTYPES, *QUANTIZED))}, got {precision!r}")
-    else:
-        problems += [f"{name}: is for {', '.join(QUANTIZED)}; leave it out at {precision}" for name in asked]
+    for name in asked:
+        if precision in HALVES and name not in ("scheme", "method"):
+            problems.append(f"{name}: needs calibration data at {precision}; give them, or leave it out")
+        else:
+            problems.append(f"{name}: is for {', '.join(QUANTIZED)}; leave it out at {precision}")
     if problems:
         raise UsageError(explain("this export cannot be made:", problems))
 

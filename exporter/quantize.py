@@ -29,6 +29,7 @@ from txopt.calibration.sensitivity import (
     tables_of,
 )
 from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, blocks_of, graphs_of
+from txopt.exporter.halves import HALVES, HalfRecipe, half_attempt
 from txopt.exporter.report import Rounding, Sheet, gathered, reported
 from txopt.exporter.report import check as check_page
 from txopt.exporter.search import Course, Way, searched
@@ -53,8 +54,8 @@ class Options:
     """How an artifact is quantized.
 
     Attributes:
-        precision: "int8" or "int4".
-        target: what the graphs are for: "cpu"; of the static scheme also "tensorrt".
+        precision: "int8", "int4" or "fp8"; "fp16" or "bf16".
+        target: what the graphs are for: "cpu"; of the static scheme also "tensorrt", of "fp16" also "cuda".
         calibration: see ``calibration.data.read``; None: made up, with a warning.
         max_loss: points of the metric that may be lost; None: measured, not limited.
         metric: its name; None: chosen by what the artifact does.
@@ -82,18 +83,25 @@ class Options:
     report: Path | None = None
     language: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self) -> Recipe | StaticRecipe:
+    def check(self) -> Recipe | StaticRecipe | HalfRecipe:
         """The recipe, if all that can be judged without a model is right.
 
         Raises:
             UsageError: it is not. InputError: there is no such file of data. MissingDependencyError: the metric needs a package.
         """
-        recipe = recipe_of(self.scheme, self.precision, self.target, method=self.method, block=self.block)
+        given: Any = {"method": self.method, "block": self.block}
+        recipe: Recipe | StaticRecipe | HalfRecipe
+        if self.precision in HALVES:
+            recipe = HalfRecipe.of(self.precision, self.target, scheme=self.scheme, **given)
+        else:
+            recipe = recipe_of(self.scheme, self.precision, self.target, **given)
         if self.metric is not None:
             metrics.metric(self.metric)
         gate.check_limit(self.metric, self.max_loss)
         if self.ranges is not None and not isinstance(recipe, StaticRecipe):
             raise UsageError("--ranges: weights in blocks have none; leave it out, or choose --scheme static")
+        if self.report is not None and isinstance(recipe, HalfRecipe):
+            raise UsageError(f"--report: is about integers and fp8; leave it out at {self.precision}")
         if isinstance(self.calibration, str | Path) and not Path(self.calibration).is_file():
             raise InputError(f"{self.calibration}: expected a file of calibration data, found none; check the name")
         return recipe
@@ -162,7 +170,7 @@ def _quantized(
     artifact: Artifact,
     out: str | os.PathLike[str],
     options: Options,
-    recipe: Recipe | StaticRecipe,
+    recipe: Recipe | StaticRecipe | HalfRecipe,
     sheet: Sheet | None,
     *,
     overwrite: bool,
@@ -202,6 +210,8 @@ def _quantized(
             max_loss=options.max_loss,
             kept=None if options.max_loss is None else Kept(),
         )
+        if isinstance(recipe, HalfRecipe):
+            return writer.commit(half_attempt(ground, recipe, writer, report, options.steps))
         if isinstance(recipe, Recipe):
             made = _in_blocks(ground, recipe, writer, report, sheet)
         else:
@@ -270,8 +280,8 @@ def _parted(samples: Samples) -> tuple[Samples, Samples]:
     """Samples to calibrate on, and others to measure on: what was fitted to must not judge the fit. Few samples serve both."""
     if len(samples) < FEW:
         logger.warning(
-            "%d samples are too few to be parted: integers are fitted to those that the loss is measured on, which flatters them; "
-            "give at least %d",
+            "%d samples are too few to be parted: what is fitted to data is fitted to those that the loss is measured on, which "
+            "flatters it; give at least %d",
             len(samples),
             FEW,
         )

@@ -176,7 +176,7 @@ def replay(
 
 def reference_of(manifest: Manifest) -> str:
     """Who gave an artifact's reference answers: PyTorch, the .onnx files that it was made of, or its own rounded numbers."""
-    if manifest.precision in QUANTIZED:
+    if manifest.calibration is not None:  # made from another artifact, not from the source
         return "its rounded weights in float32"
     return "the original files" if manifest.source.get("kind") == "optimum" else "PyTorch"
 

@@ -13,6 +13,21 @@ from typing import Annotated, Any
 import typer
 
 from txopt import __version__
+from txopt.options import (
+    ArtifactPath,
+    Calibration,
+    Device,
+    Json,
+    MaxLoss,
+    Method,
+    Metric,
+    Prove,
+    Quiet,
+    ReportFile,
+    Scheme,
+    Threads,
+    Verbose,
+)
 from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError
 
 app = typer.Typer(
@@ -25,40 +40,6 @@ app = typer.Typer(
 )
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 and the signal's number, as shells have it
-
-ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="an artifact's directory")]
-Json = Annotated[bool, typer.Option("--json", help="exactly one JSON document on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no progress, no warnings")]
-Prove = Annotated[bool, typer.Option("--prove", help="replay every fusion alone; leave out what does not hold")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="say more")]
-Calibration = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help=".txt .csv .jsonl texts, .tsv of files and texts, .npz arrays; for int8, int4 and fp8"
-    ),
-]
-MaxLoss = Annotated[
-    float | None, typer.Option(help="refuse what loses more points of the metric; for int8, int4 and fp8")
-]
-Metric = Annotated[str | None, typer.Option(help="what the loss is measured in; chosen by the task where not given")]
-Scheme = Annotated[
-    str | None,
-    typer.Option(
-        help="weights (in blocks); of int8 also rows, mixed (rows in the encoder); of int8 and fp8 static (scales found on data)"
-    ),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="how weights are rounded: rtn, hqq, clip or gptq; with static how ranges are found: absmax, percentile, entropy or mse"
-    ),
-]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option("--report", metavar="FILE", help="write a page about what was lost and why, also of a refusal"),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
-Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
 
 
 @app.command()
@@ -90,7 +71,7 @@ def export(
     _without_network_noise()
     with _needs_exporter():
         from txopt.exporter import huggingface, pipeline  # noqa: F401 - it brings transformers
-    with console.stages(pipeline.stages(precision)) as progress:
+    with console.stages(pipeline.stages(precision, calibrated=calibration is not None)) as progress:
         artifact = pipeline.export(
             source,
             out,
@@ -116,8 +97,8 @@ def export(
 def quantize(
     artifact: ArtifactPath,
     out: Annotated[Path, typer.Argument(help="the directory to make")],
-    precision: Annotated[str, typer.Option(help="int8, int4 or fp8")] = "int8",
-    target: Annotated[str, typer.Option(help="cpu; with --scheme static also tensorrt")] = "cpu",
+    precision: Annotated[str, typer.Option(help="int8, int4, fp8, fp16 or bf16")] = "int8",
+    target: Annotated[str, typer.Option(help="cpu; with --scheme static also tensorrt, in fp16 also cuda")] = "cpu",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,
@@ -137,7 +118,7 @@ def quantize(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Round the weights of an fp32 artifact to integers, and measure what that costs; needs no PyTorch."""
+    """Round an fp32 artifact to integers or half precision, and measure what that costs; needs no PyTorch."""
     console = _console(quiet, verbose, as_json)
     with _needs_exporter():
         from txopt.exporter import quantize as road

@@ -52,15 +52,12 @@ def _rounding(found: Any) -> list[str]:
     try:
         scheme, loss, data = found["scheme"], found["loss"], found["data"]
         lost, metric, agreed = loss["loss"], loss["metric"]["name"], loss["agreement"]["forced_tokens"]["value"]
-        kind = "symmetric" if scheme["symmetric"] else "with zero points"
         before, after = loss["baseline"]["figure"]["value"], loss["candidate"]["figure"]["value"]
         made_up = ", made up" if data["synthetic"] else ""
         limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
-        static = "block" not in scheme
         return [
-            f"  {scheme['activations'].partition(',')[0]}: ranges of activations by {scheme['method']}"
-            if static
-            else f"  weights: {scheme['bits']} bits in blocks of {scheme['block']}, {kind}, by {scheme['method']}",
+            _scheme(scheme),
+            *_islands(found.get("islands", {})),
             *(
                 f"    {each['weight']} in {each['as']}: {each['divergence_nats']:.1e} nats alone"
                 for each in found.get("finer", ())
@@ -102,6 +99,36 @@ def _plotted(found: dict[str, Any]) -> str:
     if isinstance(found["amax"], (list, tuple)):
         return f"{plot:16}  {len(found['amax'])} channels, clipped at up to {max(found['amax']):.4g}"
     return f"{plot:16}  {found['min']:.4g} to {found['max']:.4g}, clipped at {found['amax']:.4g}; {found['count']:,} values"
+
+
+def _scheme(scheme: dict[str, Any]) -> str:
+    if "format" in scheme:
+        return f"  weights: {scheme['format']}; activations: {scheme['activations']}"
+    if "block" not in scheme:
+        return f"  {scheme['activations'].partition(',')[0]}: ranges of activations by {scheme['method']}"
+    encoder = f"; in the encoder {_grid(scheme['encoder'])}" if "encoder" in scheme else ""
+    return f"  weights: {_grid(scheme)}, by {scheme['method']}{encoder}"
+
+
+def _grid(scheme: dict[str, Any]) -> str:
+    if scheme["block"] is None:
+        return f"{scheme['bits']} bits, one scale for each output"
+    kind = "symmetric" if scheme["symmetric"] else "with zero points"
+    return f"{scheme['bits']} bits in blocks of {scheme['block']}, {kind}"
+
+
+def _islands(islands: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Each island by its first node, and the first of its reasons."""
+    lines = []
+    for graph, mine in islands.items():
+        for island in mine:
+            first, count = island["reasons"][0], len(island["nodes"])
+            size = f", up to {first['largest']:.3g}" if "largest" in first else ""
+            lines.append(
+                f"    {graph}: {count} node{'s' if count > 1 else ''} in float32 from {island['nodes'][0]} on: "
+                f"{first['why']} of {first['tensor']}{size}"
+            )
+    return lines
 
 
 def of_parity(report: ParityReport) -> str:

@@ -5,7 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tests.runtime.artifacts import manifest, tensor
+from txopt.calibration.batches import Batch
 from txopt.runtime.graphs import GraphSpec
 from txopt.runtime.model import Model
 
@@ -42,3 +46,9 @@ def model(
         cache=described.cache if "decoder" in kind else None,
     )
     return cast(Model, SimpleNamespace(manifest=changed, artifact=SimpleNamespace(path=directory)))
+
+
+def decoder_ids(batch: Batch) -> NDArray[np.int64]:
+    """int64 [B,P+L-1], what teacher forcing feeds: the prompt, and the labels without the last; any id where these are padding."""
+    assert batch.labels is not None
+    return np.concatenate([batch.prompt, np.maximum(batch.labels[:, :-1], 0)], axis=1)

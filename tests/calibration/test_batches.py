@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.calibration.models import model
+from tests.calibration.models import decoder_ids, model
 from tests.runtime.artifacts import tensor
 from txopt.calibration.batches import batches
 from txopt.calibration.data import read
@@ -54,7 +54,7 @@ def test_every_label_has_its_answer(reader: Model) -> None:
     samples = read(WORDS.items(), reader)
     (batch,) = batches(samples, 8)
     assert batch.labels is not None
-    logits = reader.decode(reader.encode(**batch.feeds)).feed(batch.decoder_ids)
+    logits = reader.decode(reader.encode(**batch.feeds)).feed(decoder_ids(batch))
     answered = logits[:, batch.prompt.shape[1] - 1 :].argmax(-1)
     assert answered.shape == batch.labels.shape
     heard = batch.labels >= 0
@@ -85,7 +85,7 @@ def test_prompts_of_a_decoder_alone_are_padded_on_the_left(tmp_path: Path) -> No
     assert batch.feeds["input_ids"].tolist() == [[7, 8, 4], [9, 5, 6]]
     assert batch.feeds["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
     assert batch.prompt.shape == (2, 0)
-    assert batch.decoder_ids.tolist() == [[1], [3]]
+    assert decoder_ids(batch).tolist() == [[1], [3]]
 
 
 def test_lengths_that_no_mask_is_about_are_not_padded(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.calibration.graphs import engine, graph, linear, node, operators, rows
 from tests.calibration.made import normal
-from tests.calibration.products import engine, graph, linear, node, operators, rows
 from txopt.calibration.folding import fold, folds
 from txopt.runtime.errors import InputError, UsageError
 

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.calibration.graphs import engine, graph, node, reference, rows
 from tests.calibration.made import normal
-from tests.calibration.products import engine, graph, node, reference, rows
 from txopt.calibration.channels import per_channel
 from txopt.calibration.formats import FORMATS, FP8, INT8, Format
 from txopt.calibration.static import place

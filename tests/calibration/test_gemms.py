@@ -4,9 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.calibration.graphs import graph
+from tests.calibration.graphs import operators, parsed, reference
 from tests.calibration.made import normal
-from tests.calibration.products import operators, reference
 from txopt.calibration.gemms import split
 from txopt.calibration.linears import Role, reads
 
@@ -19,7 +18,7 @@ CONSTANTS = {"w": LARGE, "b": BIAS, "rows": np.array([-1, 64]), "n": np.array([8
 
 def places(text: str) -> ir.Model:
     """With the names of axes that an export has, which ONNX's inference does not find behind a Reshape."""
-    model = graph(f"({PLACES}) => (float[B,Q,80] y) {{ {text} }}", **CONSTANTS)
+    model = parsed(f"({PLACES}) => (float[B,Q,80] y) {{ {text} }}", **CONSTANTS)
     names = {"r": ["M", 64], "g": ["M", 80], "h": ["B", "Q", 80], "k": ["B", "Q", 80], "y": ["B", "Q", 80]}
     for node in model.graph:
         for out in node.outputs:
@@ -38,7 +37,7 @@ def places(text: str) -> ir.Model:
     ids=["with a bias", "without", "a weight [N,K]"],
 )
 def test_rows(text: str, constants: dict[str, np.ndarray], expected: list[str]) -> None:
-    model, x = graph(f"({ROWS}) => (float[M,80] y) {{ {text} }}", **constants), normal(5, 64, seed=3)
+    model, x = parsed(f"({ROWS}) => (float[M,80] y) {{ {text} }}", **constants), normal(5, 64, seed=3)
     before = reference(model, x=x)[0]
     split(model.graph)
     assert operators(model) == expected
@@ -105,6 +104,6 @@ def test_other_lengths_behind_than_before_are_rows() -> None:
     ids=["alpha", "beta", "transposed", "a weight that is computed"],
 )
 def test_what_is_no_linear_layer_stays(header: str, text: str, constants: dict[str, np.ndarray]) -> None:
-    model = graph(f"({header}) => (float[M,80] y) {{ {text} }}", **constants)
+    model = parsed(f"({header}) => (float[M,80] y) {{ {text} }}", **constants)
     split(model.graph)
     assert operators(model) == ["Gemm"]

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.calibration.graphs import graph
+from tests.calibration.graphs import parsed
 from tests.calibration.made import normal
 from txopt.calibration.linears import LEAST_SIZE, Role, reads
 
@@ -78,7 +78,7 @@ STAY = {
 @pytest.mark.parametrize("what", COUNT)
 def test_products_and_tables_count(what: str) -> None:
     text, weights, expected = COUNT[what]
-    found = reads(graph(text, **weights).graph)
+    found = reads(parsed(text, **weights).graph)
     assert [(read.name, read.role) for read in found] == expected
 
 
@@ -86,19 +86,19 @@ def test_products_and_tables_count(what: str) -> None:
 def test_everything_else_stays(what: str) -> None:
     text, weight = STAY[what]
     numbers = {"one": np.array(1), "zero": np.array(0)} if "Range" in text else {}
-    assert reads(graph(text, w=weight, **numbers).graph) == []
+    assert reads(parsed(text, w=weight, **numbers).graph) == []
 
 
 def test_the_least_size_counts_numbers() -> None:
     text = "(float[B,Q,16] x) => (float[B,Q,N] y) { y = MatMul(x, w) }"
     columns = LEAST_SIZE // 16
-    assert [len(reads(graph(text, w=normal(16, n)).graph)) for n in (columns - 1, columns)] == [0, 1]
+    assert [len(reads(parsed(text, w=normal(16, n)).graph)) for n in (columns - 1, columns)] == [0, 1]
 
 
 def test_products_say_what_the_weight_is_multiplied_with() -> None:
     """Calibration exposes these values; a table is multiplied with nothing."""
     text, weights, _ = COUNT["a head tied to a table"]
-    table, head = reads(graph(text, **weights).graph)
+    table, head = reads(parsed(text, **weights).graph)
     assert table.activations is None
     assert isinstance(head.activations, ir.Value)
     assert head.activations.name == "h"

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from tests.calibration.engine import onnx_runtime, reference
+from tests.calibration.graphs import engine, reference, single
 from tests.calibration.made import SCHEMES, normal
 from txopt.calibration.blocks import Blocks, BlockScheme, dequantize
 from txopt.calibration.packing import (
@@ -77,14 +77,14 @@ def test_a_lookup_and_a_product_read_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("rows", LENGTHS)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("engine", [onnx_runtime, reference])
+@pytest.mark.parametrize("run", [engine, reference])
 def test_dequantize_linear_gives_exactly_the_weight(
-    engine: Callable[[str, Packed], NDArray[np.float32]], scheme: BlockScheme, rows: int
+    run: Callable[[ir.Model], list[NDArray[np.float32]]], scheme: BlockScheme, rows: int
 ) -> None:
     blocks = blocks_of(scheme, rows)
     weight = dequantize(blocks)
-    assert (engine("DequantizeLinear", for_dequantize_linear(blocks)) == weight).all()
-    assert (engine("DequantizeLinear", for_dequantized_table(blocks)) == weight.T).all()
+    assert (run(single("DequantizeLinear", for_dequantize_linear(blocks)))[0] == weight).all()
+    assert (run(single("DequantizeLinear", for_dequantized_table(blocks)))[0] == weight.T).all()
 
 
 @pytest.mark.parametrize("rows", LENGTHS)
@@ -92,7 +92,7 @@ def test_dequantize_linear_gives_exactly_the_weight(
 def test_gather_block_quantized_gives_exactly_the_rows_of_the_table(scheme: BlockScheme, rows: int) -> None:
     blocks = blocks_of(scheme, rows)
     indices = np.array([[0, 23], [7, 7]])
-    result = onnx_runtime("GatherBlockQuantized", for_gather(blocks), indices=indices)
+    result = engine(single("GatherBlockQuantized", for_gather(blocks), indices=indices), indices=indices)[0]
     assert (result[..., :rows] == dequantize(blocks).T[indices]).all()
     assert (result[..., rows:] == 0).all()
 
@@ -107,7 +107,7 @@ def test_matmul_nbits_multiplies_by_the_weight(scheme: BlockScheme, rows: int) -
     most = np.abs(x) @ np.abs(weight)
 
     packed.attributes["accuracy_level"] = 0
-    assert (np.abs(onnx_runtime("MatMulNBits", packed, x=x) - exact) <= 2e-6 * most).all()
+    assert (np.abs(engine(single("MatMulNBits", packed, x=x), x=x)[0] - exact) <= 2e-6 * most).all()
 
     # x is rounded to int8 in blocks of the weight's size, each number by at most half of amax / 127
     packed.attributes["accuracy_level"] = 4
@@ -115,7 +115,7 @@ def test_matmul_nbits_multiplies_by_the_weight(scheme: BlockScheme, rows: int) -
         [np.full_like(x[:, s], np.abs(x[:, s]).max(1)[:, None] / 127) for s in scheme.spans(rows)], 1
     )
     bound = 0.5 * steps @ np.abs(weight) + 2e-6 * most
-    errors = np.abs(onnx_runtime("MatMulNBits", packed, x=x) - exact)
+    errors = np.abs(engine(single("MatMulNBits", packed, x=x), x=x)[0] - exact)
     assert (errors <= bound).all()
     assert errors.max() > 2e-6 * most.max()  # else nothing was rounded, and this test shows nothing
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import WhisperForConditionalGeneration
 
-from tests.calibration.models import model
+from tests.calibration.models import decoder_ids, model
 from tests.runtime.artifacts import tensor
 from txopt.benchmarks import whisper_tiny
 from txopt.calibration.batches import batches
@@ -47,11 +47,11 @@ def pytorch(checkpoint: Path) -> Any:
     return WhisperForConditionalGeneration.from_pretrained(checkpoint).eval()
 
 
-def loss(pytorch: Any, feeds: dict[str, Any], decoder_ids: Any, labels: Any) -> float:
+def loss(pytorch: Any, feeds: dict[str, Any], tokens: Any, labels: Any) -> float:
     """Mean negative log-likelihood of the labels, those of padding left out."""
     features = torch.from_numpy(feeds["input_features"])
     with torch.no_grad():
-        logits = pytorch(features, decoder_input_ids=torch.from_numpy(decoder_ids)).logits
+        logits = pytorch(features, decoder_input_ids=torch.from_numpy(tokens)).logits
     kept = logits[:, -labels.shape[1] :].flatten(0, 1)
     return float(torch.nn.functional.cross_entropy(kept, torch.from_numpy(labels).flatten(), ignore_index=-100))
 
@@ -104,5 +104,5 @@ def test_a_batch_says_what_its_samples_say(hears: Model, pytorch: Any, table: Pa
         assert sample.labels is not None
         fed = np.concatenate([sample.prompt, sample.labels[:-1]])[None]
         alone += loss(pytorch, sample.feeds, fed, sample.labels[None]) * len(sample.labels)
-    together = loss(pytorch, batch.feeds, batch.decoder_ids, batch.labels)
+    together = loss(pytorch, batch.feeds, decoder_ids(batch), batch.labels)
     assert together * batch.lengths.sum() == pytest.approx(alone, rel=1e-4)

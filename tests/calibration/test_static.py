@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
+from tests.calibration.graphs import engine, graph, linear, node, operators, reference, rows
 from tests.calibration.made import normal
-from tests.calibration.products import engine, graph, linear, node, operators, reference, rows
 from txopt.calibration.formats import INT8
 from txopt.calibration.static import Sums, activations, place
 from txopt.runtime.errors import InputError

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests import tiny_tokenizers as tiny
+from tests.calibration.models import decoder_ids
 from tests.exporter.models import checkpoint
 from txopt.calibration.batches import batches
 from txopt.calibration.data import read
@@ -33,7 +34,7 @@ def test_every_sample_is_answered_in_a_batch_as_it_is_alone(t5: Model, tmp_path:
     assert samples.counts.references == 5
     seen = 0
     for batch in batches(samples, 3):
-        together = t5.decode(t5.encode(**batch.feeds)).feed(batch.decoder_ids)
+        together = t5.decode(t5.encode(**batch.feeds)).feed(decoder_ids(batch))
         for row, index in enumerate(batch.indices):
             sample = samples[index]
             assert sample.labels is not None

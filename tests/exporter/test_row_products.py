@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.calibration.graphs import graph, operators, run
+from tests.calibration.graphs import engine, operators, parsed, reference
 from tests.calibration.made import normal
-from tests.calibration.products import reference
 from txopt.calibration.blocks import Blocks, BlockScheme, dequantize
 from txopt.calibration.linears import Role, reads
 from txopt.calibration.quantize import put, unfold
@@ -35,7 +34,7 @@ WEIGHTS = {"table": normal(V, K), "w": normal(K, K, seed=1), "b": normal(K, seed
 
 
 def placed(text: str, scheme: BlockScheme = COLUMNS, **weights: NDArray[Any]) -> tuple[ir.Model, dict[str, Blocks]]:
-    model = graph(text, **weights)
+    model = parsed(text, **weights)
     blocks: dict[str, Blocks] = {}
     for read in reads(model.graph):
         assert read.weight.const_value is not None
@@ -55,7 +54,7 @@ def test_the_neutral_form_has_one_scale_for_each_output() -> None:
     expected = (table[ids] @ weight + WEIGHTS["b"]) @ table.T
     unfolded = model.clone()
     unfold(unfolded.graph)
-    for each in (reference(model, ids=ids)[0], run(unfolded, {"ids": ids})[0]):
+    for each in (reference(model, ids=ids)[0], engine(unfolded, ids=ids)[0]):
         np.testing.assert_allclose(each, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -69,7 +68,7 @@ def test_a_row_is_what_its_integers_say(rows: int, magnitudes: list[float], seed
     lower_rows(model)
     x = normal(1, rows, K, seed=seed) * np.float32(magnitudes[:rows])[:, None]
     rounded, weight = round_rows(x), dequantize(blocks["w"]).astype(np.float64)
-    got = run(model, {"x": x})[0]
+    got = engine(model, x=x)[0]
     assert (np.abs(got - rounded @ weight) <= 1e-6 * (np.abs(rounded) @ np.abs(weight)) + 1e-35).all()
 
 
@@ -87,10 +86,10 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     model, _ = placed(LINEAR, w=normal(K, N))
     lower_rows(model)
     x = normal(5, 7, K) * np.float32(10) ** np.arange(-3, 2, dtype=np.float32)[:, None, None]
-    together = run(model, {"x": x})[0]
+    together = engine(model, x=x)[0]
     for b in range(5):
         for q in range(7):
-            alone = run(model, {"x": x[b : b + 1, q : q + 1]})[0]
+            alone = engine(model, x=x[b : b + 1, q : q + 1])[0]
             assert (alone == together[b, q]).all()
 
 
@@ -105,7 +104,7 @@ def test_a_value_is_rounded_once_for_all_its_products() -> None:
     weights = {name: dequantize(each).astype(np.float64) for name, each in blocks.items()}
     inner = round_rows(x) @ weights["v"] + round_rows(x) @ weights["w"]
     expected = round_rows(inner.astype(np.float32)) @ weights["w"]
-    np.testing.assert_allclose(run(model, {"x": x})[0], expected, rtol=2e-2, atol=1.0)
+    np.testing.assert_allclose(engine(model, x=x)[0], expected, rtol=2e-2, atol=1.0)
 
 
 def test_a_tied_table_is_stored_once_and_looked_up_by_its_codes() -> None:
@@ -118,11 +117,11 @@ def test_a_tied_table_is_stored_once_and_looked_up_by_its_codes() -> None:
     table = dequantize(blocks["table"]).T
     inner = round_rows(table[ids]) @ dequantize(blocks["w"]).astype(np.float64) + WEIGHTS["b"]
     expected = round_rows(inner.astype(np.float32)) @ table.T.astype(np.float64)
-    np.testing.assert_allclose(run(model, {"ids": ids})[0], expected, rtol=1e-2, atol=0.5)
+    np.testing.assert_allclose(engine(model, ids=ids)[0], expected, rtol=1e-2, atol=0.5)
 
 
 def test_blocks_and_columns_live_in_one_graph() -> None:
-    model = graph(TIED, **WEIGHTS)
+    model = parsed(TIED, **WEIGHTS)
     blocks = {
         "table": round_to_nearest(WEIGHTS["table"].T, COLUMNS),
         "w": round_to_nearest(WEIGHTS["w"], BlockScheme(bits=8, block=32)),
@@ -141,7 +140,7 @@ def test_raised_it_computes_with_the_rounded_weights() -> None:
     raise_blocks(model, blocks)
     assert PRODUCT not in operators(model)
     ids = np.array([[3, 1, 4, 1, 5]])
-    np.testing.assert_allclose(run(model, {"ids": ids})[0], run(plain, {"ids": ids})[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(engine(model, ids=ids)[0], engine(plain, ids=ids)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["drawn", "codes at their ends"])
@@ -167,8 +166,8 @@ def test_codes_that_are_others_are_found() -> None:
 def test_an_engine_that_saturates_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model, blocks = placed(TIED, **WEIGHTS)
     lower_for_cpu(model, "int8")
-    engine = row_products._run
-    monkeypatch.setattr(row_products, "_run", lambda *given: np.clip(engine(*given), -1000, 1000))
+    run = row_products._run
+    monkeypatch.setattr(row_products, "_run", lambda *given: np.clip(run(*given), -1000, 1000))
     with pytest.raises(ParityError, match=r"decoder: .* is off by"):
         prove({"decoder": model}, {"decoder": blocks})
 
@@ -181,4 +180,4 @@ def test_what_is_meant_can_be_computed_in_float32() -> None:
     assert operators(meant).count("ReduceMax") == 2
     lower_for_cpu(model, "int8")
     ids = np.array([[3, 1, 4, 1, 5]])
-    np.testing.assert_allclose(run(model, {"ids": ids})[0], run(meant, {"ids": ids})[0], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(engine(model, ids=ids)[0], engine(meant, ids=ids)[0], rtol=1e-4, atol=1e-3)

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
+from tests.calibration.graphs import engine, graph, linear, node, opened, operators, reference, rows
 from tests.calibration.made import normal
-from tests.calibration.products import engine, graph, linear, node, opened, operators, reference, rows
 from txopt.calibration.static import place
 from txopt.exporter.lowering.static import lower_static
 

@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
+from tests.calibration.graphs import graph, linear, node, rows
 from tests.calibration.made import normal
-from tests.calibration.products import graph, linear, node, rows
 from txopt.calibration.static import place
 from txopt.exporter.lowering.static import lower_static
 from txopt.exporter.products import TOLERANCE

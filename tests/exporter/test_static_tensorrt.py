@@ -10,7 +10,7 @@ import pytest
 import transformers
 from onnx import TensorProto
 
-from tests.calibration.products import graph, node
+from tests.calibration.graphs import graph, node
 from tests.exporter import rtx
 from txopt.calibration.formats import FORMATS
 from txopt.exporter import weights
