@@ -5,8 +5,6 @@ caches; so one run shows every step. Owns the copies of the graphs whose values 
 neither where tokens come from nor what is done with what is seen.
 """
 
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +70,7 @@ class Forced:
         try:
             for name, wanted in self._taps.items():
                 path, self._axes[name] = _tapped(artifact, name, wanted, Path(self._folder.name), changes.get(name))
-                self._runners[name] = Runner(path, threads=threads, weights=others.get(name))
+                self._runners[name] = Runner(path, threads=threads, weights=others.get(name), beside=artifact.path)
         except BaseException:
             self._folder.cleanup()
             raise
@@ -149,7 +147,7 @@ class Forced:
 def _tapped(
     artifact: Artifact, name: str, taps: Sequence[str], folder: Path, edit: Callable[[ir.Graph], object] | None
 ) -> tuple[Path, dict[str, Dims]]:
-    """A copy of one graph in ``folder`` with ``taps`` as outputs, and their axes; its weights are linked where that is possible."""
+    """A copy of one graph in ``folder`` with ``taps`` as outputs, and their axes; its weights stay where they are."""
     file = artifact.manifest.graphs[name].file
     model = ir.load(artifact.file(file))
     if edit is not None:
@@ -162,30 +160,13 @@ def _tapped(
         )
     already = {*fed, *(str(out.name) for out in model.graph.outputs)}
     model.graph.outputs.extend(made[tap] for tap in taps if tap not in already)
-    saved(model, artifact, folder / file)
+    ir.save(model, folder / file)
     return folder / file, {tap: _axes((fed | made)[tap]) for tap in taps}
-
-
-def saved(model: ir.Model, artifact: Artifact, target: Path) -> None:
-    """Writes a changed graph of ``artifact`` to ``target``, its weights linked beside it where that is possible."""
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    for part in {str(tensor.location) for tensor in weights if isinstance(tensor, ir.ExternalTensor)}:
-        _link(artifact.file(part), target.parent / part)
-    ir.save(model, target)
 
 
 def _axes(value: ir.Value) -> Dims:
     """Lengths and names of a value's axes; empty where the file does not say."""
     return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ())
-
-
-def _link(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 def _kept(value: Array, axes: Dims, masks: Mapping[Axis, NDArray[np.bool_]]) -> Array:

@@ -5,6 +5,7 @@ calibration, padding counts: infinity in a masked place is NaN once it is weight
 fills of masks, and are left out. Knows no number format; which magnitudes are too large is islands.py's.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 from txopt.calibration.collect import Steps, collect
 from txopt.calibration.dtypes import floats_of, infer, is_float
 from txopt.calibration.evaluate import Said
-from txopt.calibration.forced import saved
 from txopt.calibration.quantize import constant
 from txopt.calibration.samples import Samples
 from txopt.runtime.artifact import Artifact
@@ -53,7 +53,9 @@ def magnitudes(
         for name, spec in artifact.manifest.graphs.items():
             model = ir.load(artifact.file(spec.file))
             watched[name] = watch(model)
-            saved(model, artifact, Path(folder) / spec.file)
+            ir.save(model, Path(folder) / spec.file)
+            for part in _files(model) - {file.name for file in Path(folder).iterdir()}:
+                shutil.copyfile(artifact.file(part), Path(folder) / part)
         observers = {name: {tap: _Largest(tap) for tap in mine.taps} for name, mine in watched.items()}
         beside = replace(artifact, path=Path(folder))
         collect(beside, samples, observers, said=said, steps=steps, progress=progress)
@@ -61,6 +63,12 @@ def magnitudes(
         name: mine.read({tap: observer.largest for tap, observer in observers[name].items()})
         for name, mine in watched.items()
     }
+
+
+def _files(model: ir.Model) -> set[str]:
+    """The names of the files that hold weights of ``model``."""
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    return {str(tensor.location) for tensor in weights if isinstance(tensor, ir.ExternalTensor)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,20 +76,14 @@ def alone_static(
     ``amax`` says where activations are clipped, by graph and name.
     """
 
-    def edited(graph: ir.Graph, name: str, amax: Mapping[str, float], keep: set[str]) -> None:
-        # A file with two names, which Forced makes of the weights', onnx_ir refuses to read.
-        weight = graph.initializers[name]
-        weight.const_value = _copied(weight.const_value)
-        static.place(graph, amax, codes, keep=keep)
-
-    def opened(graph: str, name: str, keep: set[str], taps: Mapping[str, Sequence[str]]) -> Forced:
-        return Forced(artifact, taps, edits={graph: partial(edited, name=name, amax=amax[graph], keep=keep)})
+    def opened(graph: str, keep: set[str], taps: Mapping[str, Sequence[str]]) -> Forced:
+        return Forced(artifact, taps, edits={graph: partial(static.place, amax=amax[graph], codes=codes, keep=keep)})
 
     found = []
     for graph, model in models.items():
         sizes = {read.name: read.numbers for read in reads(model.graph)}
         found += [
-            Alone(graph=graph, name=name, numbers=size, opened=partial(opened, graph, name, sizes.keys() - {name}))
+            Alone(graph=graph, name=name, numbers=size, opened=partial(opened, graph, sizes.keys() - {name}))
             for name, size in sizes.items()
         ]
     return found
@@ -138,15 +132,6 @@ def sensitivities(
 def tables_of(graph: Any) -> set[str]:
     """The names of the weights of ``graph`` that are tables."""
     return {read.name for read in reads(graph) if read.role is not Role.LINEAR}
-
-
-def _copied(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
-    """A weight in memory."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        return tensor
-    shape = tensor.shape.numpy()
-    numbers = np.fromfile(tensor.path, np.float32, count=tensor.size, offset=tensor.offset or 0)
-    return ir.Tensor(numbers.reshape(shape), name=tensor.name)
 
 
 def _asked(artifact: Artifact, samples: Samples, said: Said | None, most: int) -> Iterator[Fed]:

@@ -69,6 +69,7 @@ class Runner:
         as_written: the engine runs the nodes of the graph, without fusions of its own, and shares no buffer between values whose
             axes have the same names: foreign files name lengths alike that are not.
         weights: other numbers for weights that lie in the file beside the graph, by name.
+        beside: the folder of the file with the weights, where it is not the graph's.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Runner:
         threads: int | None = None,
         as_written: bool = False,
         weights: Mapping[str, Array] | None = None,
+        beside: Path | None = None,
     ) -> None:
         self._device, self._ordinal, providers = _providers(device)
         options = onnxruntime.SessionOptions()
@@ -91,12 +93,16 @@ class Runner:
         if weights:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)
+        model: str | bytes = str(path)
+        if beside is not None:  # the engine looks elsewhere only for a model that it is given in memory
+            model = path.read_bytes()
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
         if threads is not None:
             options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
         try:
             with collapsed():
                 self._session = onnxruntime.InferenceSession(
-                    str(path), options, providers=providers, disabled_optimizers=DISABLED
+                    model, options, providers=providers, disabled_optimizers=DISABLED
                 )
         except Exception as err:  # the library raises a dozen kinds, without a common base
             raise ArtifactError(

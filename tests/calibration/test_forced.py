@@ -220,3 +220,9 @@ def test_other_weights_change_what_is_seen(g2p: Artifact) -> None:
     plain = seen(g2p, inputs, ids, LENGTHS)["decoder", "logits"]
     np.testing.assert_array_equal(logits(weight.copy()), plain)
     assert np.abs(logits(weight * np.float32(1.5)) - plain).max() > 0.01
+
+
+def test_an_artifact_s_files_keep_one_name(g2p: Artifact) -> None:
+    """A second one, a hard link, would stay behind a process that is killed, and readers of ONNX refuse such files."""
+    with Forced(g2p, {"encoder": []}):
+        assert {g2p.file(name).stat().st_nlink for name in g2p.manifest.files} == {1}
