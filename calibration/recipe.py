@@ -1,22 +1,17 @@
-"""How a model is rounded: what a user chose, and for weights in blocks, what comes of it weight by weight.
+"""How a model is rounded: what a user chose.
 
-Owns the choice of scheme and method for each weight; how codes are found is weights.py's, where data come from collect.py's. What is
-made of a static recipe is static.py's.
+Owns the choice of scheme and method for each weight; what comes of it weight by weight is rounder.py's, and what is made of a static
+recipe static.py's.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, ClassVar
-
-import onnx_ir as ir
-from numpy.typing import NDArray
+from typing import ClassVar
 
 from txopt.calibration import amax
-from txopt.calibration.blocks import Blocks, BlockScheme
-from txopt.calibration.linears import Role, reads
+from txopt.calibration.blocks import BlockScheme
 from txopt.calibration.static import Sums
-from txopt.calibration.weights import Method, quantize
+from txopt.calibration.weights import LOOK_AT_DATA, Method
 from txopt.runtime.errors import UsageError, explain
 
 # Products of blocks this wide are equal to the bit for one row and for many; those of wider ones are not (docs/quantization.md).
@@ -24,10 +19,9 @@ SCHEMES = {
     "int8": BlockScheme(bits=8, block=64),
     "int4": BlockScheme(bits=4, block=32, symmetric=False),
 }
-METHODS = {"int8": Method.RTN, "int4": Method.GPTQ}
-
-Moments = Mapping[str, NDArray[Any]]
-Progress = Callable[[int, int], None]
+METHODS = {"int8": Method.RTN, "int4": Method.DESCENT}
+# Of the bytes of the weights in float32: what is left of it, the most sensitive weights get, in 8 bits instead of 4.
+SIZES = {("int4", Method.DESCENT): 0.17}
 
 
 class Scheme(StrEnum):
@@ -39,11 +33,17 @@ class Scheme(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A scheme and a method for all weights, and the weights, by name, that lose too much by it: they get the next finer one."""
+    """A scheme and a method for all weights.
+
+    Attributes:
+        finer: names of the weights that lose too much by it: they get the next finer scheme.
+        size: bytes of all weights, as a share of those in float32, up to which the most sensitive get it without being asked.
+    """
 
     scheme: BlockScheme
     method: Method
     finer: frozenset[str] = frozenset()
+    size: float | None = None
 
     @classmethod
     def of(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "Recipe":
@@ -57,7 +57,8 @@ class Recipe:
         if method is not None and method not in tuple(Method):
             raise UsageError(f"method: expected one of {', '.join(Method)}, got {method!r}")
         scheme = SCHEMES[precision] if block is None else replace(SCHEMES[precision], block=block)
-        return cls(scheme=scheme, method=METHODS[precision] if method is None else Method(method))
+        chosen = METHODS[precision] if method is None else Method(method)
+        return cls(scheme=scheme, method=chosen, size=SIZES.get((precision, chosen)))
 
     def scheme_of(self, name: str) -> BlockScheme | None:
         """The scheme of the weight ``name``; None: it stays in float."""
@@ -68,7 +69,7 @@ class Recipe:
     @property
     def looks_at_data(self) -> bool:
         """Whether codes depend on what calibration sees."""
-        return self.method in (Method.GPTQ, Method.CLIP)
+        return self.method in LOOK_AT_DATA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,24 +121,3 @@ def recipe_of(
         raise UsageError(f"scheme: expected one of {', '.join(Scheme)}, got {scheme!r}")
     kind = StaticRecipe if scheme == Scheme.STATIC else Recipe
     return kind.of(precision, method=method, block=block)
-
-
-def rounded(model: ir.Model, recipe: Recipe, moments: Moments) -> dict[str, Blocks]:
-    """Blocks of every weight of ``model`` that is rounded, by name; ``moments`` [K,K] of products' inputs by the input's name.
-
-    A table has the same codes in every graph that reads it, so that it is stored once: it is rounded without looking at data.
-    """
-    found: dict[str, Blocks] = {}
-    for read in reads(model.graph):
-        tensor, scheme = read.weight.const_value, recipe.scheme_of(read.name)
-        if tensor is None or scheme is None or read.name in found:
-            continue
-        if read.role is Role.LINEAR and read.activations is not None:
-            seen = moments.get(str(read.activations.name))
-            found[read.name] = quantize(tensor.numpy(), scheme, recipe.method, moments=seen, name=read.name)
-        else:
-            found[read.name] = quantize(tensor.numpy().T, scheme, _BLIND[recipe.method], name=read.name)
-    return found
-
-
-_BLIND = {Method.RTN: Method.RTN, Method.HQQ: Method.HQQ, Method.CLIP: Method.CLIP, Method.GPTQ: Method.CLIP}

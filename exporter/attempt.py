@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from txopt import __version__
 from txopt.calibration import evaluate, gate, metrics
 from txopt.calibration.blocks import Blocks
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.reanswer import reanswer
-from txopt.calibration.recipe import Recipe, rounded
+from txopt.calibration.recipe import Recipe
+from txopt.calibration.rounder import Rounder
 from txopt.calibration.samples import Samples
 from txopt.calibration.sensitivity import Sensitivity
 from txopt.exporter import graph as graphs
@@ -50,7 +50,7 @@ class Ground:
     Attributes:
         artifact: in float32. baseline: the same, opened.
         calibrated: samples that weights were fitted to. measured: those that decide; ``heard`` is what the baseline said to them.
-        moments: [K,K] of the inputs of products, by graph and input.
+        rounder: rounds the weights of ``artifact``.
         precision: what the result is called. metric, max_loss: see ``quantize.Options``.
     """
 
@@ -59,7 +59,7 @@ class Ground:
     calibrated: Samples
     measured: Samples
     heard: evaluate.Said
-    moments: Mapping[str, Mapping[str, NDArray[Any]]]
+    rounder: Rounder
     precision: str
     metric: str | None
     max_loss: float | None
@@ -94,7 +94,7 @@ def attempt(
     clear(directory)
     report("quantize")
     models = graphs_of(artifact)
-    blocks = {name: rounded(model, recipe, ground.moments.get(name, {})) for name, model in models.items()}
+    blocks = ground.rounder.blocks(models, recipe)
     for name, model in models.items():
         put(model.graph, blocks[name])
     report("pack")

@@ -17,10 +17,12 @@ from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
 from txopt.calibration.linears import LEAST_SIZE, reads
 from txopt.calibration.recipe import Recipe, Scheme, StaticRecipe, recipe_of
+from txopt.calibration.rounder import Rounder
 from txopt.calibration.samples import Samples
 from txopt.calibration.search import attempts
 from txopt.calibration.sensitivity import sensitivities, tables_of
 from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
+from txopt.exporter.budget import within
 from txopt.exporter.static import static_attempt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, UsageError
@@ -149,7 +151,7 @@ def quantize_artifact(
             calibrated=calibrated,
             measured=measured,
             heard=heard,
-            moments=moments,
+            rounder=Rounder(moments),
             precision=options.precision,
             metric=options.metric,
             max_loss=options.max_loss,
@@ -185,13 +187,14 @@ def _moments(
 
 def _searched(ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress) -> Attempt:
     """The first attempt that loses no more than is allowed; LossError of the coarsest one where none does."""
-    first = attempt(ground, recipe, writer, report)
+    recipe, found = within(ground, recipe, report)
+    first = attempt(ground, recipe, writer, report, found)
     if first.verdict.passed or ground.max_loss is None:
         first.verdict.require()
         return first
     logger.warning("%s; trying with finer weights", first.verdict)
     report("sensitivity")
-    found = sensitivities(
+    found = found or sensitivities(
         ground.artifact,
         first.blocks,
         ground.measured,

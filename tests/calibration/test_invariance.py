@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from txopt.calibration.quantize import put
-from txopt.calibration.recipe import Recipe, rounded
+from txopt.calibration.recipe import Recipe
+from txopt.calibration.rounder import Rounder
 from txopt.exporter import weights
 from txopt.exporter.lowering import LOWERINGS
 from txopt.runtime.artifact import Artifact
@@ -41,8 +42,9 @@ def quantized(
             source = g2p if name == "g2p" else artifacts(name)
             recipe = Recipe.of(precision, method="rtn", block=block)
             models = {graph: ir.load(source.file(spec.file)) for graph, spec in source.manifest.graphs.items()}
-            for model in models.values():
-                put(model.graph, rounded(model, recipe, {}))
+            blocks = Rounder({}).blocks(models, recipe)
+            for graph, model in models.items():
+                put(model.graph, blocks[graph])
                 LOWERINGS["cpu"](model, precision)
             directory = tmp_path_factory.mktemp("quantized")
             weights.write(models, directory)
