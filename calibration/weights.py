@@ -20,11 +20,12 @@ class Method(StrEnum):
     RTN = "rtn"  # round to nearest
     HQQ = "hqq"  # grids fitted to the weight
     CLIP = "clip"  # the range searched, by the weight alone or by what its inputs make of the error
+    AWQ = "awq"  # CLIP on a weight that its inputs' scales (awq.py) were folded into
     GPTQ = "gptq"  # errors made up for by the rows behind; needs moments
     DESCENT = "descent"  # what GPTQ gives, improved number by number; needs moments
 
 
-LOOK_AT_DATA = (Method.CLIP, Method.GPTQ, Method.DESCENT)
+LOOK_AT_DATA = (Method.CLIP, Method.AWQ, Method.GPTQ, Method.DESCENT)
 
 
 def quantize(
@@ -37,16 +38,16 @@ def quantize(
 ) -> Blocks:
     """``weight`` [K,N] of any float type in blocks along K.
 
-    ``moments`` [K,K] are the second moments of its inputs (moments.py): GPTQ and DESCENT need them, CLIP uses them, RTN and HQQ do
-    not look at them. ``name`` is for messages. SourceError where the weight is no finite matrix, InputError where the moments do
-    not belong to it, UsageError where they are missing.
+    ``moments`` [K,K] are the second moments of its inputs (moments.py): GPTQ and DESCENT need them, CLIP and AWQ use them, RTN and
+    HQQ do not look at them. ``name`` is for messages. SourceError where the weight is no finite matrix, InputError where the
+    moments do not belong to it, UsageError where they are missing.
     """
     match method:
         case Method.RTN:
             return round_to_nearest(weight, scheme, name=name)
         case Method.HQQ:
             return hqq(weight, scheme, name=name)
-        case Method.CLIP:
+        case Method.CLIP | Method.AWQ:
             return clip(weight, scheme, name=name, moments=moments)
         case Method.GPTQ | Method.DESCENT:
             if moments is None:

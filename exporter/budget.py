@@ -10,8 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import onnx_ir as ir
-
 from txopt.calibration import evaluate
 from txopt.calibration.blocks import Blocks
 from txopt.calibration.quantize import put
@@ -20,11 +18,8 @@ from txopt.calibration.sensitivity import Sensitivity, sensitivities, tables_of
 from txopt.exporter import weights
 from txopt.exporter.attempt import Ground, Progress, graphs_of
 from txopt.exporter.lowering import LOWERINGS
-from txopt.runtime.artifact import Artifact
 
 SAMPLES = 8  # that sensitivities are measured on
-
-_CODES_AND_GRIDS = 3  # tensors of a weight, each of which may begin at a page
 
 
 def within(ground: Ground, recipe: Recipe, report: Progress) -> tuple[Recipe, Sequence[Sensitivity]]:
@@ -32,12 +27,10 @@ def within(ground: Ground, recipe: Recipe, report: Progress) -> tuple[Recipe, Se
     if recipe.size is None:
         return recipe, ()
     artifact = ground.artifact
+    limit = recipe.size * artifact.manifest.files[weights.FILE].size
     report("quantize")
-    models = graphs_of(artifact)
-    blocks = ground.rounder.blocks(models, recipe)
-    room = recipe.size * artifact.manifest.files[weights.FILE].size - _written(
-        artifact, models, blocks, ground.precision
-    )
+    blocks = ground.rounder.blocks(graphs_of(artifact), recipe)
+    room = limit - _written(ground, recipe)
     costs = {name: _cost(each, recipe, name) for mine in blocks.values() for name, each in mine.items()}
     if not any(cost <= room for cost in costs.values()):
         return recipe, ()
@@ -53,7 +46,12 @@ def within(ground: Ground, recipe: Recipe, report: Progress) -> tuple[Recipe, Se
         most=SAMPLES,
         progress=partial(report, "sensitivity"),
     )
-    return replace(recipe, finer=recipe.finer | chosen(found, costs, room)), found
+    while True:
+        finer = replace(recipe, finer=recipe.finer | chosen(found, costs, room))
+        over = _written(ground, finer) - limit
+        if over <= 0 or finer == recipe:
+            return finer, found
+        room -= over  # tensors begin at pages, which costs do not count
 
 
 def chosen(found: Sequence[Sensitivity], costs: Mapping[str, float], room: float) -> frozenset[str]:
@@ -66,20 +64,20 @@ def chosen(found: Sequence[Sensitivity], costs: Mapping[str, float], room: float
     return frozenset(names)
 
 
-def _written(
-    artifact: Artifact, models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]], precision: str
-) -> int:
-    """Bytes of the file of weights; ``models`` are lowered afterwards."""
+def _written(ground: Ground, recipe: Recipe) -> int:
+    """Bytes of the file of weights."""
+    models = graphs_of(ground.artifact)
+    blocks = ground.rounder.blocks(models, recipe)
     for name, model in models.items():
         put(model.graph, blocks[name])
-        LOWERINGS[artifact.manifest.target](model, precision)
+        LOWERINGS[ground.artifact.manifest.target](model, ground.precision)
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         weights.write(models, Path(folder))
         return (Path(folder) / weights.FILE).stat().st_size
 
 
 def _cost(blocks: Blocks, recipe: Recipe, name: str) -> float:
-    """Bytes that a finer scheme of a weight adds at most; infinite where that is float32, which no size is kept with."""
+    """Bytes that a finer scheme of a weight adds; infinite where that is float32, which no size is kept with."""
     finer = replace(recipe, finer=recipe.finer | {name}).scheme_of(name)
     if finer is None:
         return float("inf")
@@ -87,4 +85,4 @@ def _cost(blocks: Blocks, recipe: Recipe, name: str) -> float:
     bits = finer.bits * rows + (16 + (0 if finer.symmetric else finer.bits)) * finer.count(rows)
     scheme = blocks.scheme
     bits -= scheme.bits * rows + (16 + (0 if scheme.symmetric else scheme.bits)) * scheme.count(rows)
-    return bits * columns / 8 + _CODES_AND_GRIDS * weights.ALIGNMENT
+    return bits * columns / 8

@@ -6,6 +6,7 @@ The graphs come from the artifact: PyTorch is not needed.
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +22,10 @@ from txopt.calibration.rounder import Rounder
 from txopt.calibration.samples import Samples
 from txopt.calibration.search import attempts
 from txopt.calibration.sensitivity import sensitivities, tables_of
+from txopt.calibration.weights import Method
 from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
 from txopt.exporter.budget import within
+from txopt.exporter.scaled import scaled
 from txopt.exporter.static import static_attempt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, UsageError
@@ -139,12 +142,14 @@ def quantize_artifact(
         options.calibration, baseline, limit=options.limit, options=options.language, progress=partial(report, "data")
     )
     calibrated, measured = _parted(samples) if recipe.looks_at_data else (samples, samples)
-    with ArtifactWriter(out, overwrite=overwrite) as writer:
+    with ArtifactWriter(out, overwrite=overwrite) as writer, tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         report("calibrate")
         heard = evaluate.said(baseline, measured, progress=partial(report, "calibrate"))
         moments: Mapping[str, Any] = {}
         if isinstance(recipe, Recipe) and recipe.looks_at_data:
             moments = _moments(artifact, baseline, calibrated, options.steps, partial(report, "calibrate"))
+        if isinstance(recipe, Recipe) and recipe.method is Method.AWQ:
+            artifact, moments = scaled(artifact, moments, recipe.scheme, Path(folder))
         ground = Ground(
             artifact=artifact,
             baseline=baseline,

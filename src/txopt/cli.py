@@ -36,7 +36,7 @@ Calibration = Annotated[
 ]
 MaxLoss = Annotated[float | None, typer.Option(help="refuse what loses more points of the metric; for int8 and int4")]
 Metric = Annotated[str | None, typer.Option(help="what the loss is measured in; chosen by the task where not given")]
-Method = Annotated[str | None, typer.Option(help="how weights are rounded: rtn, hqq, clip, gptq or descent")]
+Method = Annotated[str | None, typer.Option(help="how weights are rounded: rtn, hqq, clip, awq, gptq or descent")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
 
