@@ -61,6 +61,7 @@ VARIANTS = (
     Variant(scheme="int4", method=Method.HQQ, options=BLIND),
     Variant(scheme="int4", method=Method.CLIP),
     Variant(scheme="int4", method=Method.GPTQ),
+    Variant(scheme="int4", method=Method.DESCENT),
     # What calibration elsewhere sees, of as many samples: what the row above is better by is the decode loop's worth.
     Variant(scheme="int4", method=Method.GPTQ, note="first step", options={"steps": Steps.FIRST}),
 )

@@ -5,21 +5,44 @@ weight is multiplied by s[k] before it is rounded, and input k divided by s[k]: 
 magnitude of each input over calibration rows, the alpha of 0, 0.05 .. 1 with the least error at the output is taken. Here m is the
 root mean square, which second moments know; the paper's code takes the mean of |x|.
 
-Who divides the input (a normalization's weight, the columns of the weight before) is the graph's business. Several weights that
-read the same input share s: search with them side by side, [K, N1 + N2 + ..].
+Who divides the input (a normalization's weight, the columns of the weight before) is folding.py's business; where nothing can, s is 1.
+Several weights that read the same input share s, and are searched side by side, [K, N1 + N2 + ..].
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from txopt.calibration.blocks import BlockScheme, as_matrix, dequantize
+from txopt.calibration.folding import fold, folds
 from txopt.calibration.moments import checked, output_errors
 from txopt.calibration.rounding import round_to_nearest
 
 _ALPHAS = tuple(step / 20 for step in range(1, 21))
 _LEAST = 1e-4  # of the largest magnitude; what is seen less than that may be seen more tomorrow
+
+
+def fold_scales(graph: ir.Graph, moments: Mapping[str, NDArray[Any]], scheme: BlockScheme) -> dict[str, NDArray[Any]]:
+    """Divides the inputs of products in ``graph`` by their scales, in place, and gives the second moments of what they are then.
+
+    Args:
+        graph: changed: the weights of products, and of what makes their inputs.
+        moments: [K,K] by input.
+        scheme: what weights are going to be rounded to.
+    """
+    possible, _ = folds(graph)
+    scales = {
+        name: input_scales(np.concatenate(one.weights, axis=1), moments[name], scheme, name=name)
+        for name, one in possible.items()
+        if name in moments
+    }
+    fold(graph, scales)
+    return {
+        name: seen / np.outer(scales[name], scales[name]) if name in scales else seen for name, seen in moments.items()
+    }
 
 
 def input_scales(

@@ -51,6 +51,7 @@ def collect(
     *,
     said: Said | None = None,
     steps: Steps = Steps.LOOP,
+    tails: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Shows every observer, by graph and value, what passes there.
@@ -61,11 +62,12 @@ def collect(
         observers: changed.
         said: what the artifact itself said to the samples, for those without a reference; None where all have one.
         steps: which positions of targets are seen.
+        tails: whether all of the silence behind a sound is seen, or little of it (silence.py).
         progress: samples done, and samples there are.
     """
     taps: dict[str, Sequence[str]] = {graph: list(mine) for graph, mine in observers.items()}
     size = BATCH[kind_of(artifact.manifest.frontend)]
-    with Forced(artifact, taps) as graphs:
+    with Forced(artifact, taps, tails=tails) as graphs:
         for batch in batches(samples, size, progress=progress):
             for each in fed(artifact.manifest.kind, batch, said, steps):
                 for seen in graphs.run(each.inputs, each.tokens, each.lengths):
@@ -113,12 +115,15 @@ def second_moments(
     steps: Steps = Steps.LOOP,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """The mean of x x^T [K,K] over the inputs x of every product, by graph and value; zeros where nothing passed."""
+    """The mean of x x^T [K,K] over the inputs x of every product, by graph and value; zeros where nothing passed.
+
+    Of the silence behind a sound little is seen.
+    """
     inputs = inputs_of(models)
     observers = {
         graph: {name: SecondMoment(name, size) for name, size in mine.items()} for graph, mine in inputs.items()
     }
-    collect(artifact, samples, observers, said=said, steps=steps, progress=progress)
+    collect(artifact, samples, observers, said=said, steps=steps, tails=False, progress=progress)
     return {
         graph: {name: observer.sum / max(observer.count, 1) for name, observer in mine.items()}
         for graph, mine in observers.items()

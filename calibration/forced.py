@@ -16,9 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from txopt.calibration.silence import counted
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Runner
 from txopt.runtime.errors import UsageError
+from txopt.runtime.frontend import kind_of
 from txopt.runtime.graphs import MASKS, frame_masks, source_masks
 from txopt.runtime.inputs import check_inputs
 from txopt.runtime.manifest import Manifest
@@ -47,6 +49,7 @@ class Forced:
         threads: engine threads, None for one per core.
         weights: other numbers for weights of the graphs, by graph and name.
         edits: changes of the graphs, made in place before they are opened.
+        tails: whether all places of the silence behind a sound are seen, or few of them (silence.py).
 
     Raises:
         UsageError: a graph has no value of a tap's name.
@@ -60,8 +63,10 @@ class Forced:
         threads: int | None = None,
         weights: Mapping[str, Mapping[str, Array]] | None = None,
         edits: Mapping[str, Callable[[ir.Graph], object]] | None = None,
+        tails: bool = True,
     ) -> None:
         self._manifest: Manifest = artifact.manifest
+        self._tails = tails or kind_of(artifact.manifest.frontend) != "audio"
         self._taps = {name: list(dict.fromkeys(mine)) for name, mine in taps.items()}
         self._axes: dict[str, dict[str, Dims]] = {}
         self._runners: dict[str, Runner] = {}
@@ -121,7 +126,10 @@ class Forced:
             seen = values[name] != 0
             masks[axis] = masks[axis] | seen if axis in masks else seen  # what no mask lets through is padding
         for name in self._taps["encoder"]:
-            yield Seen("encoder", name, _kept(values[name], self._axes["encoder"][name], masks))
+            axes = self._axes["encoder"][name]
+            yield Seen(
+                "encoder", name, _kept(values[name], axes, masks if self._tails else masks | _silent(feeds, axes))
+            )
         made = {f"{MASKS}{name}": feeds[name] for name in inputs_masked}
         return made | {name: value for name, value in values.items() if name.startswith(("cross_", MASKS))}
 
@@ -167,6 +175,15 @@ def _tapped(
 def _axes(value: ir.Value) -> Dims:
     """Lengths and names of a value's axes; empty where the file does not say."""
     return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ())
+
+
+def _silent(feeds: Mapping[str, Array], axes: Dims) -> dict[Axis, NDArray[np.bool_]]:
+    """Which places of X of a value [B,X,K] count, by X, where these are stretches of sound of a fixed number of frames [B,F,T]."""
+    places = axes[1] if len(axes) == 3 else None
+    sounds = [value for value in feeds.values() if value.ndim == 3 and value.dtype.kind == "f"]
+    if not isinstance(places, int) or len(sounds) != 1 or sounds[0].shape[2] % places:
+        return {}
+    return {places: counted(sounds[0], places)}
 
 
 def _kept(value: Array, axes: Dims, masks: Mapping[Axis, NDArray[np.bool_]]) -> Array:

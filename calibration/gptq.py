@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from txopt.calibration.blocks import Blocks, BlockScheme, as_matrix, dequantize
 from txopt.calibration.clipping import narrowed
 from txopt.calibration.grid import decode, encode
-from txopt.calibration.moments import checked, output_errors
+from txopt.calibration.moments import checked, damped, output_errors
 from txopt.calibration.rounding import Choice, assembled, empty_codes, round_to_nearest
 from txopt.runtime.errors import InputError
 
@@ -70,13 +70,8 @@ def _fed_back(
 
 def _feedback(moments: NDArray[np.float64], name: str) -> NDArray[np.float32]:
     """U / diag(U) [K,K]: its row k says how the error of row k changes the rows behind it."""
-    damped = moments.copy()
-    diagonal = np.einsum("kk->k", damped)  # a view
-    unseen = diagonal == 0
-    diagonal += DAMPING * diagonal.mean()
-    diagonal[unseen] = 1  # the rest of its row is 0, so it gives and takes nothing
     try:
-        factor = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+        factor = np.linalg.cholesky(damped(moments, DAMPING)[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError as err:
         raise InputError(
             f"weight {name}: expected second moments of its inputs, got a matrix that is not positive semidefinite; "

@@ -34,6 +34,16 @@ def checked(moments: NDArray[Any], size: int, name: str) -> NDArray[np.float64]:
     return (matrix + matrix.T) / 2
 
 
+def damped(moments: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """``moments`` [K,K] with ``share`` of the mean H[k,k] added to each; inputs that calibration never saw have 1."""
+    result = moments.copy()
+    diagonal = np.einsum("kk->k", result)  # a view
+    unseen = diagonal == 0
+    diagonal += share * diagonal.mean()
+    diagonal[unseen] = 1  # the rest of its row is 0, so it gives and takes nothing
+    return result
+
+
 def output_errors(errors: NDArray[np.float32], moments: NDArray[np.float64]) -> NDArray[np.float32]:
     """The mean squared error [N] of each output for the weight's ``errors`` [K,N]."""
     return np.einsum("kn,kn->n", errors, moments.astype(np.float32) @ errors)

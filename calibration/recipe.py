@@ -1,23 +1,20 @@
-"""How a model is rounded: what a user chose, and for weights in blocks, what comes of it weight by weight.
+"""How a model is rounded: what a user chose.
 
-Owns the choice of scheme and method for each weight; how codes are found is weights.py's, where data come from collect.py's. What is
-made of a static recipe is static.py's.
+Owns the choice of scheme and method for each weight; what comes of it weight by weight is rounder.py's, and what is made of a static
+recipe static.py's.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, ClassVar
-
-import onnx_ir as ir
-from numpy.typing import NDArray
+from typing import ClassVar
 
 from txopt.calibration import amax
-from txopt.calibration.blocks import Blocks, BlockScheme
+from txopt.calibration.blocks import BlockScheme
 from txopt.calibration.formats import FORMATS, FP8, INT8, Format
-from txopt.calibration.linears import Role, reads
+from txopt.calibration.linears import Role
 from txopt.calibration.static import Sums
-from txopt.calibration.weights import Method, quantize
+from txopt.calibration.weights import LOOK_AT_DATA, Method
 from txopt.runtime.errors import UsageError, explain
 
 # Products of blocks this wide are equal to the bit for one row and for many; those of wider ones are not (docs/quantization.md).
@@ -25,12 +22,11 @@ SCHEMES = {
     "int8": BlockScheme(bits=8, block=64),
     "int4": BlockScheme(bits=4, block=32, symmetric=False),
 }
-METHODS = {"int8": Method.RTN, "int4": Method.GPTQ}
+METHODS = {"int8": Method.RTN, "int4": Method.DESCENT}
 COLUMNS = BlockScheme(bits=8, block=None)  # the scheme of ROWS
+# Of the bytes of the weights in float32: what is left of it, the most sensitive weights get, in 8 bits instead of 4.
+SIZES = {("int4", Method.DESCENT): 0.17}
 STATIC_TARGETS = ("cpu", "tensorrt")
-
-Moments = Mapping[str, NDArray[Any]]
-Known = dict[tuple[str, BlockScheme], Blocks]  # by the weight's name and its scheme
 
 
 class Scheme(StrEnum):
@@ -44,15 +40,19 @@ class Scheme(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A scheme and a method for all weights, and the weights, by name, that lose too much by it: they get the next finer one.
+    """A scheme and a method for all weights.
 
-    ``encoder`` is the scheme of the encoder's linear layers, where that is another.
+    Attributes:
+        encoder: the scheme of the encoder's linear layers, where that is another.
+        finer: names of the weights that lose too much by it: they get the next finer scheme.
+        size: bytes of all weights, as a share of those in float32, up to which the most sensitive get it without being asked.
     """
 
     scheme: BlockScheme
     method: Method
     encoder: BlockScheme | None = None
     finer: frozenset[str] = frozenset()
+    size: float | None = None
 
     @classmethod
     def of(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "Recipe":
@@ -66,7 +66,8 @@ class Recipe:
         if method is not None and method not in tuple(Method):
             raise UsageError(f"method: expected one of {', '.join(Method)}, got {method!r}")
         scheme = SCHEMES[precision] if block is None else replace(SCHEMES[precision], block=block)
-        return cls(scheme=scheme, method=METHODS[precision] if method is None else Method(method))
+        chosen = METHODS[precision] if method is None else Method(method)
+        return cls(scheme=scheme, method=chosen, size=SIZES.get((precision, chosen)))
 
     @classmethod
     def by_rows(cls, precision: str, *, mixed: bool, method: str | None = None, block: int | None = None) -> "Recipe":
@@ -84,17 +85,23 @@ class Recipe:
         return replace(blocks, encoder=COLUMNS) if mixed else replace(blocks, scheme=COLUMNS)
 
     def scheme_of(self, name: str, *, graph: str, role: Role = Role.LINEAR) -> BlockScheme | None:
-        """The scheme of the weight ``name`` as ``graph`` reads it; None: it stays in float."""
+        """The scheme of the weight ``name`` as ``graph`` reads it; None: it stays in float.
+
+        Finer ones have blocks no longer than the others: activations are rounded by blocks, too, and should not lose by it.
+        """
         linear = graph == "encoder" and role is Role.LINEAR
         scheme = self.encoder if linear and self.encoder is not None else self.scheme
         if name not in self.finer:
             return scheme
-        return SCHEMES["int8"] if scheme.bits < SCHEMES["int8"].bits or scheme.block is None else None
+        finer = SCHEMES["int8"]
+        if scheme.block is None or finer.block is None:
+            return finer
+        return replace(finer, block=min(finer.block, scheme.block)) if scheme.bits < finer.bits else None
 
     @property
     def looks_at_data(self) -> bool:
         """Whether codes depend on what calibration sees."""
-        return self.method in (Method.GPTQ, Method.CLIP)
+        return self.method in LOOK_AT_DATA
 
     def with_finer(self, names: Collection[str]) -> "Recipe":
         """The same with the weights ``names`` among the finer ones."""
@@ -187,32 +194,3 @@ def recipe_of(
     if scheme == Scheme.WEIGHTS:
         return Recipe.of(precision, method=method, block=block)
     return Recipe.by_rows(precision, mixed=scheme == Scheme.MIXED, method=method, block=block)
-
-
-def rounded(
-    model: ir.Model, recipe: Recipe, moments: Moments, known: Known | None = None, *, graph: str
-) -> dict[str, Blocks]:
-    """Blocks of every weight of ``model``, the graph of that name, that is rounded; ``moments`` [K,K] of products' inputs by name.
-
-    A table has the same codes in every graph that reads it, so that it is stored once: it is rounded without looking at data.
-    What an attempt before found is taken from ``known``, and what is found is added there.
-    """
-    found: dict[str, Blocks] = {}
-    known = {} if known is None else known
-    for read in reads(model.graph):
-        tensor, scheme = read.weight.const_value, recipe.scheme_of(read.name, graph=graph, role=read.role)
-        if tensor is None or scheme is None or read.name in found:
-            continue
-        if (read.name, scheme) in known:
-            found[read.name] = known[read.name, scheme]
-            continue
-        if read.role is Role.LINEAR and read.activations is not None:
-            seen = moments.get(str(read.activations.name))
-            found[read.name] = quantize(tensor.numpy(), scheme, recipe.method, moments=seen, name=read.name)
-        else:
-            found[read.name] = quantize(tensor.numpy().T, scheme, _BLIND[recipe.method], name=read.name)
-        known[read.name, scheme] = found[read.name]
-    return found
-
-
-_BLIND = {Method.RTN: Method.RTN, Method.HQQ: Method.HQQ, Method.CLIP: Method.CLIP, Method.GPTQ: Method.CLIP}

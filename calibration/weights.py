@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from txopt.calibration.blocks import Blocks, BlockScheme
 from txopt.calibration.clipping import clip
+from txopt.calibration.descent import descended
 from txopt.calibration.gptq import gptq
 from txopt.calibration.hqq import hqq
 from txopt.calibration.rounding import round_to_nearest
@@ -14,12 +15,17 @@ from txopt.runtime.errors import UsageError
 
 
 class Method(StrEnum):
-    """How codes are found. AWQ is CLIP on a weight that its scales (awq.py) were folded into."""
+    """How codes are found."""
 
     RTN = "rtn"  # round to nearest
     HQQ = "hqq"  # grids fitted to the weight
     CLIP = "clip"  # the range searched, by the weight alone or by what its inputs make of the error
+    AWQ = "awq"  # CLIP on a weight that its inputs' scales (awq.py) were folded into
     GPTQ = "gptq"  # errors made up for by the rows behind; needs moments
+    DESCENT = "descent"  # what GPTQ gives, improved number by number; needs moments
+
+
+LOOK_AT_DATA = (Method.CLIP, Method.AWQ, Method.GPTQ, Method.DESCENT)
 
 
 def quantize(
@@ -32,20 +38,20 @@ def quantize(
 ) -> Blocks:
     """``weight`` [K,N] of any float type in blocks along K.
 
-    ``moments`` [K,K] are the second moments of its inputs (moments.py): GPTQ needs them, CLIP uses them, RTN and HQQ do not look at
-    them. ``name`` is for messages. SourceError where the weight is no finite matrix, InputError where the moments do not belong to it,
-    UsageError where they are missing.
+    ``moments`` [K,K] are the second moments of its inputs (moments.py): GPTQ and DESCENT need them, CLIP and AWQ use them, RTN and
+    HQQ do not look at them. ``name`` is for messages. SourceError where the weight is no finite matrix, InputError where the
+    moments do not belong to it, UsageError where they are missing.
     """
     match method:
         case Method.RTN:
             return round_to_nearest(weight, scheme, name=name)
         case Method.HQQ:
             return hqq(weight, scheme, name=name)
-        case Method.CLIP:
+        case Method.CLIP | Method.AWQ:
             return clip(weight, scheme, name=name, moments=moments)
-        case Method.GPTQ:
+        case Method.GPTQ | Method.DESCENT:
             if moments is None:
                 raise UsageError(
-                    f"weight {name}: GPTQ needs calibration data, got none; give some, or use rtn, hqq or clip"
+                    f"weight {name}: {method} needs calibration data, got none; give some, or use rtn, hqq or clip"
                 )
-            return gptq(weight, moments, scheme, name=name)
+            return (gptq if method is Method.GPTQ else descended)(weight, moments, scheme, name=name)

@@ -9,14 +9,13 @@ the verdict.
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from txopt import __version__
 from txopt.calibration import evaluate, gate, metrics
@@ -25,7 +24,8 @@ from txopt.calibration.gemms import split
 from txopt.calibration.kept import Kept
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.reanswer import reanswer
-from txopt.calibration.recipe import Known, Recipe, StaticRecipe, rounded
+from txopt.calibration.recipe import Recipe, StaticRecipe
+from txopt.calibration.rounder import Rounder
 from txopt.calibration.samples import Samples
 from txopt.calibration.sensitivity import Sensitivity
 from txopt.exporter import graph as graphs
@@ -53,10 +53,9 @@ class Ground:
     Attributes:
         artifact: in float32. baseline: the same, opened.
         calibrated: samples that weights were fitted to. measured: those that decide; ``heard`` is what the baseline said to them.
-        moments: [K,K] of the inputs of products, by graph and input.
+        rounder: rounds the weights of ``artifact``.
         precision, target: what the result is called, and what its graphs are for. metric, max_loss: see ``quantize.Options``.
         kept: what the baseline says under teacher forcing; None where there is one attempt at most.
-        known: the blocks that were found already, by graph.
     """
 
     artifact: Artifact
@@ -64,13 +63,12 @@ class Ground:
     calibrated: Samples
     measured: Samples
     heard: evaluate.Said
-    moments: Mapping[str, Mapping[str, NDArray[Any]]]
+    rounder: Rounder
     precision: str
     target: str
     metric: str | None
     max_loss: float | None
     kept: Kept | None = None
-    known: dict[str, Known] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,7 @@ def attempt(
     clear(directory)
     report("quantize")
     models = graphs_of(artifact)
-    blocks = blocks_of(ground, models, recipe)
+    blocks = ground.rounder.blocks(models, recipe)
     for name, model in models.items():
         put(model.graph, blocks[name])
     report("pack")
@@ -130,14 +128,6 @@ def attempt(
         "loss": verdict.certificate(),
     }
     return Attempt(manifest=replace(manifest, calibration=calibration), verdict=verdict)
-
-
-def blocks_of(ground: Ground, models: Mapping[str, ir.Model], recipe: Recipe) -> dict[str, dict[str, Blocks]]:
-    """The rounded weights of ``models`` by graph and name."""
-    return {
-        name: rounded(model, recipe, ground.moments.get(name, {}), ground.known.setdefault(name, {}), graph=name)
-        for name, model in models.items()
-    }
 
 
 def finish(

@@ -6,6 +6,7 @@ The graphs come from the artifact: PyTorch is not needed.
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from txopt.calibration.kept import Kept
 from txopt.calibration.layers import in_blocks, in_channels
 from txopt.calibration.linears import LEAST_SIZE, reads
 from txopt.calibration.recipe import Recipe, Scheme, StaticRecipe, recipe_of
+from txopt.calibration.rounder import Rounder
 from txopt.calibration.samples import Samples
 from txopt.calibration.sensitivity import (
     Alone,
@@ -28,10 +30,13 @@ from txopt.calibration.sensitivity import (
     sensitivities,
     tables_of,
 )
-from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, blocks_of, graphs_of
+from txopt.calibration.weights import Method
+from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
+from txopt.exporter.budget import within
 from txopt.exporter.halves import HALVES, HalfRecipe, half_attempt
 from txopt.exporter.report import Rounding, Sheet, gathered, reported
 from txopt.exporter.report import check as check_page
+from txopt.exporter.scaled import scaled
 from txopt.exporter.search import Course, Way, searched
 from txopt.exporter.static import prepared, static_attempt
 from txopt.runtime.artifact import Artifact
@@ -191,19 +196,21 @@ def _quantized(
         options.calibration, baseline, limit=options.limit, options=options.language, progress=partial(report, "data")
     )
     calibrated, measured = _parted(samples) if recipe.looks_at_data else (samples, samples)
-    with ArtifactWriter(out, overwrite=overwrite) as writer:
+    with ArtifactWriter(out, overwrite=overwrite) as writer, tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         report("calibrate")
         heard = evaluate.said(baseline, measured, progress=partial(report, "calibrate"))
         moments: Mapping[str, Any] = {}
         if isinstance(recipe, Recipe) and recipe.looks_at_data:
             moments = _moments(artifact, baseline, calibrated, options.steps, partial(report, "calibrate"))
+        if isinstance(recipe, Recipe) and recipe.method is Method.AWQ:
+            artifact, moments = scaled(artifact, moments, recipe.scheme, Path(folder))
         ground = Ground(
             artifact=artifact,
             baseline=baseline,
             calibrated=calibrated,
             measured=measured,
             heard=heard,
-            moments=moments,
+            rounder=Rounder(moments),
             precision=options.precision,
             target=options.target,
             metric=options.metric,
@@ -222,23 +229,25 @@ def _quantized(
 def _in_blocks(
     ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress, sheet: Sheet | None
 ) -> Attempt:
-    artifact, models = ground.artifact, graphs_of(ground.artifact)
+    artifact, models, rounder = ground.artifact, graphs_of(ground.artifact), ground.rounder
+    recipe, known = within(ground, recipe, report)
 
     def made(recipe: Recipe, found: Sequence[Sensitivity]) -> Attempt:
         return attempt(ground, recipe, writer, report, found)
 
     def sense() -> list[Sensitivity]:
+        if known:
+            return list(known)
         tables = {name: tables_of(model.graph) for name, model in models.items()}
-        return _sensitivities(
-            ground, artifact, alone_in_blocks(artifact, blocks_of(ground, models, recipe), tables), report
-        )
+        alone = alone_in_blocks(artifact, rounder.blocks(models, recipe), tables)
+        return _sensitivities(ground, artifact, alone, report)
 
     def rounding(recipe: Recipe) -> Rounding:
-        return partial(in_blocks, blocks_of(ground, models, recipe), recipe)
+        return partial(in_blocks, rounder.blocks(models, recipe), recipe)
 
     course = Course(recipe=recipe)
     with gathered(sheet, course, ground, artifact, rounding, report):
-        way = Way(recipe=recipe, attempt=made, sensitivities=sense)
+        way = Way(recipe=recipe, attempt=made, sensitivities=sense, known=known)
         return searched(way, ground, writer, course, timed=sheet is not None)
 
 

@@ -32,11 +32,13 @@ class Way(Generic[Kind]):
         recipe: the first, the coarsest.
         attempt: writes the artifact of a recipe, given the sensitivities that made it, into the writer's directory.
         sensitivities: of every weight, the most sensitive first.
+        known: those that finer weights of the first recipe were chosen by.
     """
 
     recipe: Kind
     attempt: Callable[[Kind, Sequence[Sensitivity]], Attempt]
     sensitivities: Callable[[], list[Sensitivity]]
+    known: Sequence[Sensitivity] = ()
 
 
 @dataclass(kw_only=True)
@@ -61,7 +63,7 @@ def searched(
     Raises:
         LossError: no attempt holds; it is the first one's. ParityError: the engine does not compute what that one's graphs say.
     """
-    first = course.attempt = way.attempt(way.recipe, ())
+    first = course.attempt = way.attempt(way.recipe, way.known)
     goes_on = ground.max_loss is not None and not first.verdict.passed
     course.points.append(_point(ground, writer, first, timed=timed or goes_on))
     if not goes_on:

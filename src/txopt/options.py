@@ -25,7 +25,7 @@ Scheme = Annotated[
 Method = Annotated[
     str | None,
     typer.Option(
-        help="how weights are rounded: rtn, hqq, clip or gptq; with static how ranges are found: absmax, percentile, entropy or mse"
+        help="of weights: rtn, hqq, clip, awq, gptq or descent; with static, of ranges: absmax, percentile, entropy or mse"
     ),
 ]
 ReportFile = Annotated[

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.calibration.graphs import graph, run
 from tests.calibration.made import SCHEMES, correlated, matrices, normal
-from txopt.calibration.awq import input_scales
+from txopt.calibration.awq import fold_scales, input_scales
 from txopt.calibration.blocks import BlockScheme, dequantize
 from txopt.calibration.clipping import clip
 from txopt.calibration.moments import output_errors, second_moments
@@ -73,3 +74,22 @@ def test_scales_and_clipping_together_gain_more_than_each() -> None:
     error = output_errors(both - weight, moments).sum()
     clipped = output_errors(dequantize(clip(weight, FOUR, moments=moments)) - weight, moments).sum()
     assert error < min(clipped, loss(weight, scales, moments, FOUR))
+
+
+def test_folded_scales_change_the_weights_and_not_what_is_said() -> None:
+    text = """(float[B,64] x) => (float[B,96] y, float[B,64] z)
+        { a = LayerNormalization(x, g, b)  h = MatMul(a, w)  y = MatMul(h, v)  z = MatMul(x, u) }"""
+    spread = np.exp(np.random.default_rng(0).standard_normal(64)).astype(np.float32)
+    weights = {"g": spread, "b": normal(64), "w": normal(64, 80), "v": normal(80, 96), "u": normal(64, 64)}
+    model, x = graph(text, **weights), normal(7, 64)
+    before = run(model, {"x": x})
+    moments = {"a": np.diag(spread.astype(np.float64) ** 2), "h": np.eye(80), "x": np.eye(64)}
+    seen = fold_scales(model.graph, moments, FOUR)
+    for old, new in zip(before, run(model, {"x": x}), strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
+    scales = input_scales(weights["w"], moments["a"], FOUR)
+    changed = {name: value.const_value.numpy() for name, value in model.graph.initializers.items() if value.const_value}
+    np.testing.assert_allclose(changed["w"], scales[:, None] * weights["w"], rtol=1e-5)
+    np.testing.assert_allclose(changed["g"], weights["g"] / scales, rtol=1e-5)
+    np.testing.assert_allclose(seen["a"], moments["a"] / np.outer(scales, scales), rtol=1e-5)
+    assert (changed["u"] == weights["u"]).all()  # an input of the graph: nobody can divide it

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from txopt.calibration.quantize import put
-from txopt.calibration.recipe import Recipe, recipe_of, rounded
+from txopt.calibration.recipe import Recipe, recipe_of
+from txopt.calibration.rounder import Rounder
 from txopt.exporter import weights
 from txopt.exporter.lowering import LOWERINGS
 from txopt.runtime.artifact import Artifact
@@ -42,8 +43,9 @@ def quantized(
             recipe = recipe_of(scheme, precision, method="rtn", block=block)
             assert isinstance(recipe, Recipe)
             models = {graph: ir.load(source.file(spec.file)) for graph, spec in source.manifest.graphs.items()}
+            blocks = Rounder({}).blocks(models, recipe)
             for graph, model in models.items():
-                put(model.graph, rounded(model, recipe, {}, graph=graph))
+                put(model.graph, blocks[graph])
                 LOWERINGS["cpu"](model, precision)
             directory = tmp_path_factory.mktemp("quantized")
             weights.write(models, directory)

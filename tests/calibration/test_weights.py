@@ -24,9 +24,10 @@ def test_every_method_gives_blocks_of_the_scheme_whose_outputs_are_near(method: 
     assert lost < {4: 0.2, 8: 0.02}[scheme.bits] ** 2
 
 
-def test_gptq_needs_calibration_data() -> None:
-    with pytest.raises(UsageError, match="weight lm_head: GPTQ needs calibration data, got none"):
-        quantize(normal(16, 2), BlockScheme(), Method.GPTQ, name="lm_head")
+@pytest.mark.parametrize("method", [Method.GPTQ, Method.DESCENT])
+def test_some_methods_need_calibration_data(method: Method) -> None:
+    with pytest.raises(UsageError, match=f"weight lm_head: {method} needs calibration data, got none"):
+        quantize(normal(16, 2), BlockScheme(), method, name="lm_head")
 
 
 @pytest.mark.parametrize("method", Method)
