@@ -31,8 +31,8 @@ from txopt.calibration.sensitivity import Sensitivity
 from txopt.exporter import graph as graphs
 from txopt.exporter import products, weights
 from txopt.exporter.lowering import LOWERINGS
+from txopt.exporter.lowering.activations import round_activations
 from txopt.exporter.lowering.floats import raise_blocks
-from txopt.exporter.lowering.rows import round_activations
 from txopt.runtime import cases
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.files import MANIFEST
@@ -109,14 +109,11 @@ def attempt(
     floats = {name: model.clone() for name, model in models.items()}
     for model in floats.values():
         unfold(model.graph)
-    meant = _rounding_rows(floats, blocks)
-    write_answers(artifact, floats, directory)
+    write_answers(artifact, _meant(floats, blocks), directory)
     for model in models.values():
         LOWERINGS[ground.target](model, ground.precision)
     proved = products.prove(models, blocks)
-    around = _around(artifact, models, blocks, directory)
-    if meant:
-        write_answers(artifact, meant, directory)
+    around = _around(artifact, models, floats, blocks)
     manifest, verdict = finish(ground, models, writer, report)
     calibration = {
         "scheme": _scheme(recipe),
@@ -201,18 +198,12 @@ def twin(artifact: Artifact, models: Mapping[str, ir.Model], directory: Path) ->
     return Artifact(path=directory, manifest=artifact.manifest)
 
 
-def _rounding_rows(floats: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]]) -> dict[str, ir.Model]:
-    """Twins of all graphs, in which activations are rounded too before weights in whole columns; none where there are no such weights.
-
-    How they are is written in the graph, not left to the engine as with weights in blocks: it is part of what the artifact means.
-    """
-    columns = {
-        name: {f"{weight}/rounded" for weight, each in mine.items() if each.scheme.block is None}
-        for name, mine in blocks.items()
-    }
-    meant = {name: model.clone() for name, model in floats.items()} if any(columns.values()) else {}
+def _meant(floats: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]]) -> dict[str, ir.Model]:
+    """Twins of the graphs with rounded weights in float32, in which activations are rounded as well."""
+    meant = {name: model.clone() for name, model in floats.items()}
     for name, model in meant.items():
-        round_activations(model.graph, columns[name])
+        widths = {f"{weight}/rounded": each.scheme.block for weight, each in blocks[name].items()}
+        round_activations(model.graph, widths)
     return meant
 
 
@@ -228,18 +219,17 @@ def write_answers(
 def _around(
     artifact: Artifact,
     models: Mapping[str, ir.Model],
+    floats: Mapping[str, ir.Model],
     blocks: Mapping[str, Mapping[str, Blocks]],
-    directory: Path,
 ) -> ParityReport:
-    """That the lowered graphs, their products in float32 again, give the answers to the first case that are in ``directory``."""
-    floats = {name: model.clone() for name, model in models.items()}
-    for name, model in floats.items():
+    """That the lowered graphs, their products in float32 again, say what ``floats`` say to the first case, activations as they are."""
+    raised = {name: model.clone() for name, model in models.items()}
+    for name, model in raised.items():
         raise_blocks(model, blocks[name])
-    with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
-        weights.write(floats, Path(folder))
-        _copy_rest(artifact, Path(folder))
-        first = replace(cases.load(directory)[0], generated={})
-        return replay(Artifact(path=Path(folder), manifest=artifact.manifest), [first]).require()
+    with tempfile.TemporaryDirectory(prefix="txopt-") as given, tempfile.TemporaryDirectory(prefix="txopt-") as folder:
+        first = replace(cases.load(artifact.path)[0], generated={})
+        (answered,) = reanswer(Model(twin(artifact, floats, Path(given))), [first])
+        return replay(twin(artifact, raised, Path(folder)), [answered]).require()
 
 
 def _copy_rest(artifact: Artifact, directory: Path) -> None:

@@ -9,12 +9,9 @@ with int8), and of two scales. With m the largest magnitude in a row of x:
 A row has its own scale and sums of integers are exact, so that a row's product is equal to the bit in any batch.
 """
 
-from collections.abc import Collection
-
 import numpy as np
 import onnx_ir as ir
 
-from txopt.calibration.linears import Role, reads
 from txopt.calibration.quantize import constant, is_table, is_weight, remove
 from txopt.exporter.lowering.tables import look_up
 
@@ -27,7 +24,7 @@ LEAST = 1e-30  # of a row's magnitude, so that rows of zeros give 0, and 127 / m
 def lower_rows(model: ir.Model) -> None:
     """Changes ``model`` in place; weights in blocks stay as they are."""
     graph = model.graph
-    rounded = _Rows(graph)
+    rounded = Rows(graph)
     for node in [node for node in graph if is_weight(node) and "block_size" not in node.attributes]:
         for user, index in list(node.outputs[0].uses()):
             if user.op_type == "MatMul" and index == 1 and not is_table(node):
@@ -42,14 +39,6 @@ def lower_rows(model: ir.Model) -> None:
         model.opset_imports[CONTRIB] = 1
 
 
-def round_activations(graph: ir.Graph, weights: Collection[str]) -> None:
-    """What ``lower_rows`` means, in float32: products with these initializers of ``graph`` read what their integers stand for."""
-    rounded = _Rows(graph)
-    for read in reads(graph):
-        if read.role is not Role.TABLE and read.name in weights:
-            rounded.stand_in(read.node)
-
-
 def activations_of(product: ir.Node) -> ir.Value:
     """x of a product of ``lower_rows``."""
     node: ir.Node | None = product
@@ -62,7 +51,7 @@ def activations_of(product: ir.Node) -> ir.Value:
     return node.inputs[0]
 
 
-def _turn(graph: ir.Graph, weight: ir.Node, transpose: ir.Node, rounded: "_Rows") -> None:
+def _turn(graph: ir.Graph, weight: ir.Node, transpose: ir.Node, rounded: "Rows") -> None:
     """A head on a table: its codes are turned once, when a session opens."""
     heads = [user for user, place in transpose.outputs[0].uses() if user.op_type == "MatMul" and place == 1]
     codes, scales = weight.inputs[:2]
@@ -76,7 +65,7 @@ def _turn(graph: ir.Graph, weight: ir.Node, transpose: ir.Node, rounded: "_Rows"
         graph.remove(transpose, safe=True)
 
 
-class _Rows:
+class Rows:
     """The products of one graph; values that several of them read are rounded once."""
 
     def __init__(self, graph: ir.Graph) -> None:

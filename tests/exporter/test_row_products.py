@@ -17,9 +17,10 @@ from txopt.calibration.quantize import put, unfold
 from txopt.calibration.recipe import COLUMNS
 from txopt.calibration.rounding import round_to_nearest
 from txopt.exporter import row_products
+from txopt.exporter.lowering.activations import round_activations
 from txopt.exporter.lowering.floats import raise_blocks
 from txopt.exporter.lowering.ort import lower_for_cpu
-from txopt.exporter.lowering.rows import PRODUCT, lower_rows, round_activations
+from txopt.exporter.lowering.rows import PRODUCT, lower_rows
 from txopt.exporter.products import TOLERANCE, prove
 from txopt.exporter.row_products import round_rows
 from txopt.runtime.errors import ParityError
@@ -176,8 +177,27 @@ def test_what_is_meant_can_be_computed_in_float32() -> None:
     model, _ = placed(TIED, **WEIGHTS)
     meant = model.clone()
     unfold(meant.graph)
-    round_activations(meant.graph, {"w/rounded", "table/rounded"})
+    round_activations(meant.graph, {"w/rounded": None, "table/rounded": None})
     assert operators(meant).count("ReduceMax") == 2
     lower_for_cpu(model, "int8")
     ids = np.array([[3, 1, 4, 1, 5]])
     np.testing.assert_allclose(engine(model, ids=ids)[0], engine(meant, ids=ids)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [96, 80], ids=["whole blocks", "a short last block"])
+@pytest.mark.parametrize(
+    "scheme",
+    [BlockScheme(bits=8, block=64), BlockScheme(bits=8, block=32), BlockScheme(bits=4, block=32, symmetric=False)],
+)
+def test_what_products_in_blocks_mean_can_be_computed_in_float32(scheme: BlockScheme, width: int) -> None:
+    text = f"(float[B,Q,{width}] x) => (float[B,Q,{N}] y) {{ y = MatMul(x, w) }}"
+    model, _ = placed(text, scheme, w=normal(width, N))
+    plain, meant = model.clone(), model.clone()
+    for each in (plain, meant):
+        unfold(each.graph)
+    round_activations(meant.graph, {"w/rounded": scheme.block})
+    lower_for_cpu(model, "int8")
+    x = normal(3, 4, width, seed=5)
+    got, exact, unrounded = (engine(each, x=x)[0] for each in (model, meant, plain))
+    np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-4)
+    assert np.abs(got - unrounded).max() > 0.05
