@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from txopt.calibration.gemms import split
 from txopt.calibration.silence import counted
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.ort import Runner
@@ -159,6 +160,7 @@ def _tapped(
     file = artifact.manifest.graphs[name].file
     model = ir.load(artifact.file(file))
     if edit is not None:
+        split(model.graph)  # as whoever made the edit saw it
         edit(model.graph)
     fed = {str(value.name): value for value in model.graph.inputs}
     made = {str(out.name): out for node in model.graph for out in node.outputs}

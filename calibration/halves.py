@@ -49,6 +49,9 @@ def halve(model: ir.Model, keep: Collection[ir.Node], *, wide: Collection[str] =
                 value.type = ir.TensorType(_HALF)
         if node.op_type == "Cast" and node.attributes["to"].as_int() == _WHOLE:
             node.attributes["to"] = ir.AttrInt64("to", _HALF)
+        if node.op_type == "ConstantOfShape" and node.outputs[0].dtype == _HALF and "value" in node.attributes:
+            number = node.attributes["value"].as_tensor().numpy().astype(np.float16)
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(number))
     casts: dict[ir.Value, ir.Value] = {}
     for node in floats:
         wanted = _WHOLE if node in keep else _HALF

@@ -85,7 +85,9 @@ def _is_large_matrix(weight: ir.Value) -> bool:
 def _reads(weight: ir.Value) -> Iterator[Read | None]:
     """The uses of ``weight``; None for one that needs its numbers themselves."""
     for node, index in weight.uses():
-        if node.op_type == "MatMul" and index == 1:
+        if node.graph is not weight.graph:
+            yield None  # in the body of a branch or loop
+        elif node.op_type == "MatMul" and index == 1:
             yield Read(weight=weight, node=node, role=Role.LINEAR)
         elif node.op_type == "Gather" and index == 0 and _picks_tokens(node):
             yield Read(weight=weight, node=node, role=Role.TABLE)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from txopt.calibration.collect import Steps, collect
 from txopt.calibration.dtypes import floats_of, infer, is_float
 from txopt.calibration.evaluate import Said
+from txopt.calibration.gemms import split
 from txopt.calibration.quantize import constant
 from txopt.calibration.samples import Samples
 from txopt.runtime.artifact import Artifact
@@ -52,6 +53,7 @@ def magnitudes(
         watched: dict[str, _Watched] = {}
         for name, spec in artifact.manifest.graphs.items():
             model = ir.load(artifact.file(spec.file))
+            split(model.graph)
             watched[name] = watch(model)
             ir.save(model, Path(folder) / spec.file)
             for part in _files(model) - {file.name for file in Path(folder).iterdir()}:

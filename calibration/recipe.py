@@ -61,8 +61,11 @@ class Recipe:
         Raises:
             UsageError: there is no such precision, method or block.
         """
+        if precision == FP8.name:
+            raise UsageError("precision: fp8 is for --scheme static --target tensorrt; give both, or choose int8")
         if precision not in SCHEMES:
-            raise UsageError(f"precision: expected one of {', '.join(SCHEMES)} to quantize, got {precision!r}")
+            known = ", ".join((*SCHEMES, *FORMATS, "fp16", "bf16"))
+            raise UsageError(f"precision: expected one of {known} to quantize, got {precision!r}")
         if method is not None and method not in tuple(Method):
             raise UsageError(f"method: expected one of {', '.join(Method)}, got {method!r}")
         scheme = SCHEMES[precision] if block is None else replace(SCHEMES[precision], block=block)
@@ -94,9 +97,9 @@ class Recipe:
         if name not in self.finer:
             return scheme
         finer = SCHEMES["int8"]
-        if scheme.block is None or finer.block is None:
-            return finer
-        return replace(finer, block=min(finer.block, scheme.block)) if scheme.bits < finer.bits else None
+        if scheme.bits == finer.bits and scheme.block is not None:
+            return None
+        return replace(finer, block=min(each for each in (finer.block, scheme.block, self.scheme.block) if each))
 
     @property
     def looks_at_data(self) -> bool:

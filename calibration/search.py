@@ -55,15 +55,14 @@ def attempts(recipe: Kind, found: Sequence[Sensitivity]) -> Iterator[Kind]:
 
     None leaves all weights in float: that is the artifact that there is already, and no quantized one.
     """
-    tried = 0
+    last = recipe
     for share in SHARES:
-        count = max(1, round(share * len(found)))
-        if count > tried:
-            made = recipe.with_finer({each.name for each in found[:count]})
-            if all(made.form(each.name, graph=each.graph) is None for each in found):
-                return
+        made = recipe.with_finer({each.name for each in found[: max(1, round(share * len(found)))]})
+        if all(made.form(each.name, graph=each.graph) is None for each in found):
+            return
+        if made != last:
             yield made
-            tried = count
+        last = made
 
 
 def chosen(points: Sequence[Point]) -> int | None:

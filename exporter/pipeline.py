@@ -151,7 +151,7 @@ def record_and_replay(
     trust_remote_code: bool = False,
 ) -> ParityReport:
     """Fresh reference cases from PyTorch, against an artifact that exists (``txopt verify --against``)."""
-    if artifact.manifest.precision in QUANTIZED:
+    if artifact.manifest.calibration is not None:
         raise UsageError(
             f"the artifact is {artifact.manifest.precision}: it says what its rounded weights say, not what {source} says; verify it "
             "without --against, or the fp32 artifact with it; what rounding cost is in its manifest (txopt inspect)"
@@ -179,7 +179,7 @@ def _check_options(target: str, precision: str, asked: Mapping[str, Any]) -> Non
     if precision not in DTYPES:
         problems.append(f"precision: expected one of {', '.join((*DTYPES, *QUANTIZED))}, got {precision!r}")
     for name in asked:
-        if precision in HALVES and name not in ("scheme", "method"):
+        if precision in HALVES and name not in ("scheme", "method", "report"):
             problems.append(f"{name}: needs calibration data at {precision}; give them, or leave it out")
         else:
             problems.append(f"{name}: is for {', '.join(QUANTIZED)}; leave it out at {precision}")

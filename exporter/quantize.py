@@ -104,7 +104,7 @@ class Options:
             metrics.metric(self.metric)
         gate.check_limit(self.metric, self.max_loss)
         if self.ranges is not None and not isinstance(recipe, StaticRecipe):
-            raise UsageError("--ranges: weights in blocks have none; leave it out, or choose --scheme static")
+            raise UsageError("--ranges: are of the scheme static alone (int8, fp8); leave it out here")
         if self.report is not None and isinstance(recipe, HalfRecipe):
             raise UsageError(f"--report: is about integers and fp8; leave it out at {self.precision}")
         if isinstance(self.calibration, str | Path) and not Path(self.calibration).is_file():
@@ -236,8 +236,6 @@ def _in_blocks(
         return attempt(ground, recipe, writer, report, found)
 
     def sense() -> list[Sensitivity]:
-        if known:
-            return list(known)
         tables = {name: tables_of(model.graph) for name, model in models.items()}
         alone = alone_in_blocks(artifact, rounder.blocks(models, recipe), tables)
         return _sensitivities(ground, artifact, alone, report)
@@ -245,9 +243,9 @@ def _in_blocks(
     def rounding(recipe: Recipe) -> Rounding:
         return partial(in_blocks, rounder.blocks(models, recipe), recipe)
 
-    course = Course(recipe=recipe)
+    course = Course(recipe=recipe, found=list(known))
     with gathered(sheet, course, ground, artifact, rounding, report):
-        way = Way(recipe=recipe, attempt=made, sensitivities=sense, known=known)
+        way = Way(recipe=recipe, attempt=made, sensitivities=sense)
         return searched(way, ground, writer, course, timed=sheet is not None)
 
 

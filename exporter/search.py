@@ -32,13 +32,11 @@ class Way(Generic[Kind]):
         recipe: the first, the coarsest.
         attempt: writes the artifact of a recipe, given the sensitivities that made it, into the writer's directory.
         sensitivities: of every weight, the most sensitive first.
-        known: those that finer weights of the first recipe were chosen by.
     """
 
     recipe: Kind
     attempt: Callable[[Kind, Sequence[Sensitivity]], Attempt]
     sensitivities: Callable[[], list[Sensitivity]]
-    known: Sequence[Sensitivity] = ()
 
 
 @dataclass(kw_only=True)
@@ -57,20 +55,20 @@ def searched(
     """The first attempt, if it loses no more than is allowed; else the fastest of finer ones that does. Its files are the writer's.
 
     Args:
-        course: filled in.
+        course: filled in; what it found before, finer weights of the first recipe were chosen by.
         timed: whether the speed of a first attempt that holds is measured, too.
 
     Raises:
         LossError: no attempt holds; it is the first one's. ParityError: the engine does not compute what that one's graphs say.
     """
-    first = course.attempt = way.attempt(way.recipe, way.known)
+    first = course.attempt = way.attempt(way.recipe, course.found)
     goes_on = ground.max_loss is not None and not first.verdict.passed
     course.points.append(_point(ground, writer, first, timed=timed or goes_on))
     if not goes_on:
         first.verdict.require()
         return _certified(first, course)
     logger.warning("%s; trying with finer weights", first.verdict)
-    course.found += way.sensitivities()
+    course.found = course.found or way.sensitivities()
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         best = None
         for recipe in attempts(way.recipe, course.found):

@@ -1,6 +1,7 @@
 """Artifacts, parity reports and foreign graphs as people read them: a JSON document and a few lines of text."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from txopt.runtime.artifact import Artifact
@@ -56,7 +57,7 @@ def _rounding(found: Any) -> list[str]:
         made_up = ", made up" if data["synthetic"] else ""
         limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
         return [
-            _scheme(scheme),
+            f"  {of_scheme(scheme)}",
             *_islands(found.get("islands", {})),
             *(
                 f"    {each['weight']} in {each['as']}: {each['divergence_nats']:.1e} nats alone"
@@ -101,16 +102,17 @@ def _plotted(found: dict[str, Any]) -> str:
     return f"{plot:16}  {found['min']:.4g} to {found['max']:.4g}, clipped at {found['amax']:.4g}; {found['count']:,} values"
 
 
-def _scheme(scheme: dict[str, Any]) -> str:
+def of_scheme(scheme: Mapping[str, Any]) -> str:
+    """How weights and activations are rounded, of a certificate's "scheme"."""
     if "format" in scheme:
-        return f"  weights: {scheme['format']}; activations: {scheme['activations']}"
+        return f"weights: {scheme['format']}; activations: {scheme['activations']}"
     if "block" not in scheme:
-        return f"  {scheme['activations'].partition(',')[0]}: ranges of activations by {scheme['method']}"
+        return f"{scheme['activations'].partition(',')[0]}: ranges of activations by {scheme['method']}"
     encoder = f"; in the encoder {_grid(scheme['encoder'])}" if "encoder" in scheme else ""
-    return f"  weights: {_grid(scheme)}, by {scheme['method']}{encoder}"
+    return f"weights: {_grid(scheme)}, by {scheme['method']}{encoder}"
 
 
-def _grid(scheme: dict[str, Any]) -> str:
+def _grid(scheme: Mapping[str, Any]) -> str:
     if scheme["block"] is None:
         return f"{scheme['bits']} bits, one scale for each output"
     kind = "symmetric" if scheme["symmetric"] else "with zero points"
@@ -247,7 +249,7 @@ _MOST_RUNS = 40
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 _HEADLINES = (
     *("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm"),
-    *("com.microsoft::MatMulNBits", "com.microsoft::GatherBlockQuantized"),
+    *("com.microsoft::MatMulNBits", "com.microsoft::MatMulIntegerToFloat", "com.microsoft::GatherBlockQuantized"),
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from txopt.page.chart import Scale, apart, bars, scale
-from txopt.summary import megabytes
+from txopt.summary import megabytes, of_scheme
 
 _MOST_LAYERS = 400
 _MOST_OUTLIERS = 30
@@ -58,9 +58,7 @@ def content(document: Mapping[str, Any]) -> dict[str, Any]:
 def _scheme(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
-    if "block" in found:
-        return f": weights of {found['bits']} bits in blocks of {found['block']}, by {found['method']}"
-    return f": static, ranges of activations by {found['method']}"
+    return f": {of_scheme(found)}"
 
 
 def _verdict(found: Mapping[str, Any] | None) -> str:
