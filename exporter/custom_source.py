@@ -1,8 +1,8 @@
 """Anyone's own encoder-decoder (custom.py) as a ``Source``."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from txopt.exporter import custom_facts, custom_inputs
 from txopt.exporter.cache import CrossCollector, DecodeState
+from txopt.exporter.calls import calling, shapes, told
 from txopt.exporter.custom import CrossKV, FullSequence, as_memories, check_layer
 from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.custom_steady import steady
@@ -20,6 +21,8 @@ from txopt.exporter.precision import in_float32
 from txopt.exporter.source import KV, Facts, Forward, Generated
 from txopt.runtime.errors import SourceError, explain
 from txopt.runtime.graphs import SOURCE_AXES
+
+_TAKES = "encode() and decode() must take them; of its cache decode() may ask positions, self_attention() and cross_attention()"
 
 
 class _Recording(FullSequence):
@@ -99,9 +102,10 @@ class CustomSource:
         return self.traced.decode(tokens, self._as_returned(memories), state).float(), state.self_kv
 
     def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
-        returned = self.module.encode(*(inputs[item.name] for item in self.facts.inputs))
         cache = _Recording(tokens, self._masks(inputs))
-        logits = self.module.decode(tokens, returned, cache)
+        with _any_shape(inputs, tokens):
+            returned = self.module.encode(*(inputs[item.name] for item in self.facts.inputs))
+            logits = self.module.decode(tokens, returned, cache)
         return Forward(as_memories(returned), logits.float(), cache.self_kv, cache.cross_kv)
 
     def _masks(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
@@ -160,7 +164,8 @@ class CachelessSource(CustomSource):
     def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
         derived = super().forward(inputs, tokens)
         memories, masks = self._as_returned(derived.memories), self._as_returned(self._masks(inputs))
-        logits = self._whole.decode(tokens, memories, masks)
+        with _any_shape(inputs, tokens):
+            logits = self._whole.decode(tokens, memories, masks)
         return Forward(derived.memories, logits.float(), derived.self_kv, derived.cross_kv)
 
     def _try_lengths(self, inputs: Mapping[str, Tensor]) -> None:
@@ -168,13 +173,9 @@ class CachelessSource(CustomSource):
         returned, masks = self._whole.encode(*inputs.values()), self._as_returned(self._masks(inputs))
         for length in (1, self.facts.limit or 2):
             tokens = torch.full((2, length), int(self.facts.generation["decoder_start_token_id"]))
-            try:
+            what = f"decode(tokens, memory, memory_mask) fails for {length} of at most {self.facts.limit} tokens"
+            with calling(what, "it must take any number of them, up to max_length"):
                 self._whole.decode(tokens, returned, masks)
-            except Exception as err:  # whatever a stranger's code raises
-                raise SourceError(
-                    f"decode(tokens, memory, memory_mask) fails for {length} of at most {self.facts.limit} tokens: "
-                    f"{type(err).__name__}: {err}"
-                ) from err
 
 
 def open_module(module: Any) -> CustomSource:
@@ -282,22 +283,20 @@ def _check_source_ids(module: Any, facts: CustomFacts, inputs: Mapping[str, Tens
             try:
                 module.encode(*({**inputs, item.name: torch.full_like(inputs[item.name], last)}.values()))
             except Exception as err:  # whatever a stranger's code raises
-                problems.append(f"{promise}; id {last} fails: {type(err).__name__}: {err}")
+                problems.append(f"{promise}; id {last} fails: {told(err)}")
     if problems:
         raise SourceError(explain("encode() does not take the source's ids (see docs/custom-models.md):", problems))
 
 
-@contextmanager
-def _trial(given: str) -> Iterator[None]:
-    try:
-        yield
-    except SourceError:
-        raise
-    except Exception as err:  # whatever a stranger's code raises
-        raise SourceError(
-            f"a trial call failed ({given}): {type(err).__name__}: {err}; "
-            "encode() and decode(tokens, memory, cache) must take them"
-        ) from err
+def _any_shape(inputs: Mapping[str, Tensor], tokens: Tensor) -> AbstractContextManager[None]:
+    return calling(
+        f"encode() and decode() fail for {shapes({**inputs, 'tokens': tokens})}",
+        "they must take any number of rows, and any length up to max_source_length and max_length",
+    )
+
+
+def _trial(given: str) -> AbstractContextManager[None]:
+    return calling(f"a trial call failed ({given})", _TAKES)
 
 
 def _check_logits(value: Any, length: int) -> None:

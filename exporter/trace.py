@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from txopt.exporter.calls import calling, first_line, shapes
 from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.plain import plain_modules
@@ -28,6 +29,7 @@ from txopt.runtime.graphs import GLOBAL_MASK, MASKS, CacheSpec, GraphSpec, Tenso
 # Example sizes of the trace: all different, none 0 or 1, which torch.export would freeze.
 EXAMPLE = {"B": 2, "R": 6, "Q": 3, "S": 11, "T": 7, "U": 5, "W": 9}
 
+_CACHED = "of its cache decode() may ask positions, self_attention() and cross_attention() (docs/custom-models.md)"
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int64: "int64"}
 
 
@@ -84,7 +86,9 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
         if source.facts.kind == "decoder":
             return _trace_decoder(source, dtype, cross=[])
         examples = [example(item, dtype, source.facts) for item in source.facts.inputs]
-        results = source.encode(*examples)
+        given = {item.name: value for item, value in zip(source.facts.inputs, examples, strict=True)}
+        with calling(f"the model fails for {shapes(given)}", _CACHED):
+            results = source.encode(*examples)
         names = source.facts.outputs if source.facts.kind == "encoder" else _names(source.facts, len(results))
         outputs = tuple(
             _spec(name, value, _encoder_axes(source.facts, name, value))
@@ -232,10 +236,11 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object
     except TxoptError:
         raise
     except Exception as err:  # torch raises a dozen kinds, with pages of text
-        reason = str(err.__cause__ or err).strip().split("\n")[0]
+        if isinstance(err.__cause__, TxoptError):
+            raise err.__cause__ from err
         raise SourceError(
-            f"torch cannot trace this model to {spec.file}: {reason}; control flow on the values of tensors is the usual cause "
-            "(docs/custom-models.md)"
+            f"torch cannot trace this model to {spec.file}: {first_line(err)}; control flow on the values of tensors is the usual "
+            "cause (docs/custom-models.md)"
         ) from err
     if program is None:
         raise SourceError("torch.onnx.export returned nothing")

@@ -213,23 +213,6 @@ def test_a_near_miss_is_refused_with_the_node_and_the_reason(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["t5", "whisper"])
-def test_a_merged_decoder_is_told_as_such_and_what_to_give_instead(optimum: Any, tmp_path: Path, family: str) -> None:
-    file = optimum(family).with_name("decoder_model_merged.onnx")
-    with pytest.raises(SourceError, match="is a merged decoder") as caught:
-        turned(file, tmp_path / "out")
-    said = str(caught.value)
-    for part in (
-        "4 pasts grow",
-        "If on use_cache_branch",
-        "decoder_with_past_model.onnx",
-        f"txopt export {file.parent}",
-    ):
-        assert part in said, said
-    assert "found none" not in said
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", ["decoder_model.onnx", "encoder_model.onnx"])
 def test_a_file_without_a_growing_past_has_nothing_to_turn(optimum: Any, tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=f"{name}: nothing to turn into a buffer; expected Concat"):
@@ -320,15 +303,9 @@ def test_shapes_that_a_file_states_wrongly_do_not_spread(files: Any, tmp_path: P
     assert all(found[0] != 2 for found in axes(written.graph.output).values())
 
 
-IN_A_BRANCH = """rows = Shape<start = 0, end = 1>(past) one = Constant<value_ints = [1]>() asked = Greater(rows, one) y = Neg(q)
-    present = If(asked) <then_branch = a () => (float[b,2,c,4] t) { t = Concat<axis = 2>(past, new) },
-        else_branch = b () => (float[b,2,d,4] f) { f = Neg(new) }>"""
-
-
 @pytest.mark.parametrize(
     ("nodes", "kinds", "reason"),
     [
-        (IN_A_BRANCH, (), r"1 pasts grow inside the branches of If_present \(If on asked\).* as a file of its own"),
         (f"present = Concat<axis = 1>(past, new) {ATTENTION}", (), "Concat_present joins along axis 1"),
         (f"present = Concat<axis = 2>(past, new, new) {ATTENTION}", (), "Concat_present joins 3 values"),
         (

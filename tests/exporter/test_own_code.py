@@ -1,0 +1,168 @@
+"""What the code of a custom module does wrong is told as such: the exception with its own file and line, or what it gave instead."""
+
+import linecache
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.exporter.cacheless import Learned
+from tests.exporter.test_custom import Tiny
+from txopt.exporter import reference
+from txopt.exporter.custom import DecodeCache
+from txopt.exporter.custom_source import open_module
+from txopt.exporter.trace import trace
+from txopt.runtime.errors import SourceError
+
+# Every line that raises below ends in this mark.
+MARK = "# raises"
+
+
+def refused(module: Any) -> str:
+    """What is said of ``module``, by whichever stage refuses it; nothing is written."""
+    with pytest.raises(SourceError) as caught:
+        opened_recorded_traced(module)
+    return str(caught.value)
+
+
+def opened_recorded_traced(module: Any) -> None:
+    source = open_module(module)
+    reference.record(source)
+    trace(source, torch.float32)
+
+
+def marked(said: str) -> bool:
+    """Whether the first line that ``said`` names is one that raises."""
+    found = re.search(r"\((\S+\.py), line (\d+)\)", said)
+    assert found is not None, said
+    return linecache.getline(str(Path(found[1]).absolute()), int(found[2])).rstrip().endswith(MARK)
+
+
+class Attribute(Tiny):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        return self.not_there(tokens)  # type: ignore[no-any-return,operator]  # raises
+
+
+class Key(Tiny):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return {}["layers"]  # type: ignore[no-any-return,typeddict-item]  # raises
+
+
+class InTorch(Tiny):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return torch.cat([super().encode(input_ids, attention_mask), self.head.weight])  # raises
+
+
+class Leaving(Tiny):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        raise SystemExit(5)  # raises
+
+
+class OfTheCache(Tiny):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: Any) -> Tensor:
+        return cache.logits(tokens)  # type: ignore[no-any-return]  # raises
+
+
+class ById(Tiny):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if input_ids.max() == 19:
+            raise KeyError(19)  # raises
+        return super().encode(input_ids, attention_mask)
+
+
+class LongSources(Tiny):
+    """Fails for sources that no trial has."""
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if input_ids.shape[1] > 4:
+            raise KeyError("positions")  # raises
+        return super().encode(input_ids, attention_mask)
+
+
+class OneRow(Tiny):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        if tokens.shape[0] > 1:
+            raise KeyError("rows")  # raises
+        return super().decode(tokens, memory, cache)
+
+
+class OnlyFull(Tiny):
+    """Knows the training's cache and no other."""
+
+    def decode(self, tokens: Tensor, memory: Tensor, cache: Any) -> Tensor:
+        cache._sources  # noqa: B018  # raises
+        return super().decode(tokens, memory, cache)
+
+
+class Branching(Tiny):
+    def embed(self, ids: Tensor) -> Tensor:
+        if ids.sum() > 3:  # raises
+            return super().embed(ids)
+        return super().embed(ids) * 2
+
+
+class Property(Tiny):
+    @property
+    def special_ids(self) -> Any:  # type: ignore[override]
+        return self.configuration["ids"]  # type: ignore[index]  # raises
+
+
+class AttributeAtOnce(Learned):
+    def decode(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        return self.not_there(tokens)  # type: ignore[no-any-return,operator]  # raises
+
+
+class KeyAtOnce(Learned):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return {}["layers"]  # type: ignore[no-any-return,typeddict-item]  # raises
+
+
+class InTorchAtOnce(Learned):
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x) @ self.q.weight  # raises
+
+
+class BranchingAtOnce(Learned):
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(x if x.sum() > 0 else -x)  # raises
+
+
+class OneToken(Learned):
+    def placed(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            raise KeyError("no cache")  # raises
+        return super().placed(x)
+
+
+# the class, and what must be said beside the line
+RAISING: dict[type[nn.Module], tuple[str, ...]] = {
+    Attribute: ("a trial call failed", "AttributeError: 'Attribute' object has no attribute 'not_there'"),
+    Key: ("a trial call failed", "KeyError: 'layers'"),
+    InTorch: ("a trial call failed", "RuntimeError"),
+    Leaving: ("a trial call failed", "SystemExit: 5"),
+    OfTheCache: ("a trial call failed", "AttributeError", "self_attention"),
+    ById: ("source_vocabulary = 20", "id 19 fails: KeyError: 19"),
+    LongSources: ("encode() and decode() fail for input_ids [1,", "KeyError: 'positions'", "any number of rows"),
+    OneRow: ("encode() and decode() fail for input_ids [", "KeyError: 'rows'", "any number of rows"),
+    OnlyFull: ("AttributeError: 'CrossCollector' object has no attribute '_sources'", "self_attention"),
+    Branching: ("torch cannot trace this model to encoder.onnx", "control flow"),
+    Property: ("special_ids", "AttributeError: 'Property' object has no attribute 'configuration'"),
+    AttributeAtOnce: ("decode(tokens, memory, memory_mask) fails for tokens [2,5]", "has no attribute 'not_there'"),
+    KeyAtOnce: ("encode() fails for input_ids [2,7], attention_mask [2,7]", "KeyError: 'layers'"),
+    InTorchAtOnce: ("decode(tokens, memory, memory_mask) fails for tokens [2,5]", "RuntimeError"),
+    BranchingAtOnce: ("cannot be made a graph", "control flow"),
+    OneToken: ("fails for 1 of at most 80 tokens: KeyError: 'no cache'",),
+}
+
+
+@pytest.mark.parametrize("kind", RAISING, ids=lambda kind: kind.__name__)
+def test_an_exception_in_their_own_code_is_told_with_its_line(kind: type[nn.Module]) -> None:
+    said = refused(kind())
+    assert marked(said), said
+    missing = [part for part in RAISING[kind] if part not in said]
+    assert not missing, said
+    if kind not in (Branching, BranchingAtOnce):
+        assert "control flow" not in said, "that is not what went wrong"
