@@ -12,7 +12,7 @@ from torch import Tensor
 from txopt.exporter import custom_facts, custom_inputs
 from txopt.exporter.cache import CrossCollector, DecodeState
 from txopt.exporter.calls import calling, shapes, told
-from txopt.exporter.custom import CrossKV, FullSequence, as_memories, check_layer
+from txopt.exporter.custom import CrossKV, FullSequence, as_memories, check_layer, check_logits, in_a_tuple
 from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.custom_steady import steady
 from txopt.exporter.incremental import Incremental
@@ -220,10 +220,11 @@ def _tried(module: Any, facts: CustomFacts) -> _Trial:
         memories = custom_inputs.check_memories(returned, facts.masks, inputs)
         _check_fixed(module, facts, memories, dtype)
         _check_source_ids(module, facts, inputs)
-        with _trial(f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}"):
+        given = f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}{in_a_tuple(returned)}"
+        with _trial(given):
             logits = steady("decode()", decoded)
     cache = caches[0]
-    _check_logits(logits, tokens.shape[1])
+    check_logits(logits, 1, tokens.shape[1])
     vocabulary = int(logits.shape[-1])
     problems = [
         f"decode() asked for no {kind}-attention of its cache: every layer's goes through cache.{kind}_attention(...)"
@@ -297,10 +298,3 @@ def _any_shape(inputs: Mapping[str, Tensor], tokens: Tensor) -> AbstractContextM
 
 def _trial(given: str) -> AbstractContextManager[None]:
     return calling(f"a trial call failed ({given})", _TAKES)
-
-
-def _check_logits(value: Any, length: int) -> None:
-    if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, length):
-        return
-    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    raise SourceError(f"decode() must return a tensor [1,{length},V], got {found}")

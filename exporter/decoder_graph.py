@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from txopt.exporter import custom_inputs
 from txopt.exporter.calls import calling, first_line, shapes
+from txopt.exporter.custom import check_logits, in_a_tuple
 from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.custom_steady import steady
 from txopt.exporter.plain import plain_modules
@@ -103,9 +104,10 @@ def graph_of(module: Any, facts: CustomFacts) -> tuple[fx.GraphModule, Given]:
         varying = [{0: dynamic, 1: dynamic} if isinstance(memory.axis, str) else {0: dynamic} for memory in named]
         masked = [shape for shape, memory in zip(varying, named, strict=True) if memory.mask is not None]
         decoder = FullDecoder(module.eval(), named, isinstance(returned, (tuple, list)))
-        what = f"decode(tokens, memory, memory_mask) fails for {shapes({'tokens': ids})}"
+        what = f"decode(tokens, memory, memory_mask) fails for {shapes({'tokens': ids})}{in_a_tuple(returned)}"
         with calling(what, "it must take any number of rows, and any length up to max_length"):
-            steady("decode()", lambda: decoder(ids, memories, masks))
+            logits = steady("decode()", lambda: decoder(ids, memories, masks))
+        check_logits(logits, *ids.shape)
         try:
             axes = ({0: dynamic, 1: dynamic}, tuple(varying), tuple(masked))
             program = torch.export.export(decoder, (ids, memories, masks), dynamic_shapes=axes)

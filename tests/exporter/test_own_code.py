@@ -2,9 +2,12 @@
 
 import linecache
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -166,3 +169,58 @@ def test_an_exception_in_their_own_code_is_told_with_its_line(kind: type[nn.Modu
     assert not missing, said
     if kind not in (Branching, BranchingAtOnce):
         assert "control flow" not in said, "that is not what went wrong"
+
+
+def returning(base: type[Any], part: str, change: Callable[[Tensor], Any]) -> Any:
+    """``base`` whose ``part`` returns something else."""
+
+    class Returning(base):
+        def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            found = super().encode(input_ids, attention_mask)
+            return change(found) if part == "encode" else found
+
+    class AtOnce(Returning):
+        def decode(self, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Any:
+            found = super().decode(tokens, memory, memory_mask)
+            return change(found) if part == "decode" else found
+
+    class Cached(Returning):
+        def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Any:
+            found = super().decode(tokens, memory, cache)
+            return change(found) if part == "decode" else found
+
+    return (Cached if base is Tiny else AtOnce)()
+
+
+RETURNS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nothing": (lambda x: None, "got None (has it a return?)"),
+    "a dict": (lambda x: {"states": x}, "got a dict with states; return the tensor alone"),
+    "an object": (lambda x: SimpleNamespace(states=x), "got a SimpleNamespace; return the tensor alone"),
+    "an array": (lambda x: np.zeros(x.shape), "got a ndarray; return the tensor alone"),
+    "two axes": (lambda x: x[:, 0], "got [{rows},"),
+    "four axes": (lambda x: x[None], "got [1,{rows},"),
+    "the last place": (lambda x: x[:, -1:], "got [{rows},1,"),
+}
+# Memories may be several.
+LOGITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "a pair": (lambda x: (x, None), "got a tuple of 2; return the tensor alone"),
+    "one in a tuple": (lambda x: (x,), "got a tuple of 1; return the tensor alone"),
+    "one in a list": (lambda x: [x], "got a list of 1; return the tensor alone"),
+    "an empty tuple": (lambda x: (), "got a tuple of 0; return the tensor alone"),
+}
+CASES = [*(("encode", what) for what in RETURNS), *(("decode", what) for what in (RETURNS | LOGITS))]
+
+
+@pytest.mark.parametrize(("part", "what"), CASES)
+@pytest.mark.parametrize("base", [Tiny, Learned])
+def test_what_is_returned_instead_of_a_tensor_is_told(base: type[nn.Module], part: str, what: str) -> None:
+    change, expected = (RETURNS | LOGITS)[what]
+    said = refused(returning(base, part, change))
+    assert expected.format(rows=1 if base is Tiny else 2) in said, said
+    assert f"{part}() must return {'logits' if part == 'decode' else 'a tensor'}" in said, said
+
+
+@pytest.mark.parametrize("base", [Tiny, Learned])
+def test_a_memory_in_a_tuple_arrives_in_one(base: type[nn.Module]) -> None:
+    said = refused(returning(base, "encode", lambda x: (x,)))
+    assert "encode() returns a tuple, so decode() is given one" in said
