@@ -224,3 +224,61 @@ def test_what_is_returned_instead_of_a_tensor_is_told(base: type[nn.Module], par
 def test_a_memory_in_a_tuple_arrives_in_one(base: type[nn.Module]) -> None:
     said = refused(returning(base, "encode", lambda x: (x,)))
     assert "encode() returns a tuple, so decode() is given one" in said
+
+
+class BrokenWeight(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight.data[3] = torch.nan
+
+
+class BrokenWeightAtOnce(Learned):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens.weight.data[11:] = torch.nan
+
+
+class DividingByPadding(Tiny):
+    """NaN where a source is padded, which self-attention carries on."""
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().encode(input_ids, attention_mask) / attention_mask[..., None]
+
+
+class LongIsEndless(Tiny):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().encode(input_ids, attention_mask) + torch.zeros(()).log().mul(input_ids.shape[1] > 4)
+
+
+class Endless(Tiny):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        return super().decode(tokens, memory, cache) * torch.inf
+
+
+class NaNAtOnce(Learned):
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().encode(input_ids, attention_mask) * torch.nan
+
+
+class Forbidding(Tiny):
+    def decode(self, tokens: Tensor, memory: Tensor, cache: DecodeCache) -> Tensor:
+        return super().decode(tokens, memory, cache).masked_fill(torch.arange(20) == 7, -torch.inf)
+
+
+NOT_FINITE: dict[type[nn.Module], tuple[str, ...]] = {
+    BrokenWeight: ("NaN in logits", "weights that hold NaN or infinity: head.weight; load or train them again"),
+    BrokenWeightAtOnce: ("NaN in memory", "weights that hold NaN or infinity: tokens.weight"),
+    DividingByPadding: ('case "padded"', "all weights are finite", "a division by zero"),
+    LongIsEndless: ("-inf in memory", "input_ids [1,", "all weights are finite", "a division by zero"),
+    Endless: ("in logits", "all weights are finite"),
+    NaNAtOnce: ("NaN in memory", "all weights are finite"),
+    Forbidding: ("-inf in logits", "at id 7", "suppress_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_FINITE, ids=lambda kind: kind.__name__)
+def test_answers_that_are_not_finite_are_told_before_anything_is_compared(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    said = refused(kind())
+    missing = [part for part in ("the model's own answers are not finite", *NOT_FINITE[kind]) if part not in said]
+    assert not missing, said
