@@ -18,6 +18,7 @@ from txopt.exporter.custom_steady import steady
 from txopt.exporter.incremental import Incremental
 from txopt.exporter.incremental_check import check
 from txopt.exporter.precision import in_float32
+from txopt.exporter.recurrent import none_in_decode
 from txopt.exporter.source import KV, Facts, Forward, Generated
 from txopt.runtime.errors import SourceError, explain
 from txopt.runtime.graphs import SOURCE_AXES
@@ -221,7 +222,7 @@ def _tried(module: Any, facts: CustomFacts) -> _Trial:
         _check_fixed(module, facts, memories, dtype)
         _check_source_ids(module, facts, inputs)
         given = f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}{in_a_tuple(returned)}"
-        with _trial(given):
+        with _trial(given), none_in_decode(module):
             logits = steady("decode()", decoded)
     cache = caches[0]
     check_logits(logits, 1, tokens.shape[1])

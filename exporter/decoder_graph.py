@@ -19,6 +19,7 @@ from txopt.exporter.custom import check_logits, in_a_tuple
 from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.custom_steady import steady
 from txopt.exporter.plain import plain_modules
+from txopt.exporter.recurrent import none_in_decode
 from txopt.exporter.source import Memory
 from txopt.runtime.errors import SourceError
 
@@ -105,7 +106,7 @@ def graph_of(module: Any, facts: CustomFacts) -> tuple[fx.GraphModule, Given]:
         masked = [shape for shape, memory in zip(varying, named, strict=True) if memory.mask is not None]
         decoder = FullDecoder(module.eval(), named, isinstance(returned, (tuple, list)))
         what = f"decode(tokens, memory, memory_mask) fails for {shapes({'tokens': ids})}{in_a_tuple(returned)}"
-        with calling(what, "it must take any number of rows, and any length up to max_length"):
+        with calling(what, "it must take any number of rows, and any length up to max_length"), none_in_decode(module):
             logits = steady("decode()", lambda: decoder(ids, memories, masks))
         check_logits(logits, *ids.shape)
         try:

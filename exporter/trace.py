@@ -21,6 +21,7 @@ from txopt.exporter.calls import calling, first_line, shapes
 from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.plain import plain_modules
+from txopt.exporter.recurrent import found_in
 from txopt.exporter.source import KV, Facts, Input, Source
 from txopt.runtime.cases import source_axis
 from txopt.runtime.errors import SourceError, TxoptError
@@ -238,32 +239,42 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object
     except Exception as err:  # torch raises a dozen kinds, with pages of text
         if isinstance(err.__cause__, TxoptError):
             raise err.__cause__ from err
+        cause = _unrolled(module) or "control flow on the values of tensors is the usual cause"
         raise SourceError(
-            f"torch cannot trace this model to {spec.file}: {first_line(err)}; control flow on the values of tensors is the usual "
-            "cause (docs/custom-models.md)"
+            f"torch cannot trace this model to {spec.file}: {first_line(err)}; {cause} (docs/custom-models.md)"
         ) from err
     if program is None:
         raise SourceError("torch.onnx.export returned nothing")
     model = clean(program.model)
-    _check_axes(model, spec)
+    _check_axes(model, spec, module)
     name_axes(model, {item.name: item.axes for item in (*spec.inputs, *spec.outputs)})
     return model
 
 
-def _check_axes(model: ir.Model, spec: GraphSpec) -> None:
+def _check_axes(model: ir.Model, spec: GraphSpec, module: nn.Module) -> None:
     """torch.onnx.export fixes what a model's code fixes, and goes on: such a graph would serve the example's sizes alone."""
-    axes = {item.name: item.axes for item in spec.inputs}
+    axes = {item.name: item.axes for item in (*spec.inputs, *spec.outputs)}
     fixed = [
         f"{value.name}: {axis} = {dim}"
-        for value in model.graph.inputs
+        for value in (*model.graph.inputs, *model.graph.outputs)
         for axis, dim in zip(axes[str(value.name)], value.shape or (), strict=True)
         if isinstance(axis, str) and isinstance(dim, int)
     ]
     if fixed:
+        cause = _unrolled(module) or "int() of a size does that, and so do libraries that call it"
+        sizes = "; ".join(fixed)
         raise SourceError(
-            f"the model's code fixes sizes of {spec.file} to those of the example ({'; '.join(fixed)}): int() of a size does that, "
-            "and so do libraries that call it (docs/custom-models.md)"
+            f"the model's code fixes sizes of {spec.file} to those of the example ({sizes}): {cause} (docs/custom-models.md)"
         )
+
+
+def _unrolled(module: nn.Module) -> str:
+    """What to say of a model's recurrent layers; nothing where it has none."""
+    layers = ", ".join(found_in(module))
+    return layers and (
+        f"recurrent layers that are run ({layers}) do that, for torch writes them out step by step; put attention or convolutions in "
+        "their place"
+    )
 
 
 @contextlib.contextmanager
