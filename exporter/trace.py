@@ -254,13 +254,16 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object
 def _check_axes(model: ir.Model, spec: GraphSpec, module: nn.Module) -> None:
     """torch.onnx.export fixes what a model's code fixes, and goes on: such a graph would serve the example's sizes alone."""
     axes = {item.name: item.axes for item in (*spec.inputs, *spec.outputs)}
-    fixed = [
-        f"{value.name}: {axis} = {dim}"
-        for value in (*model.graph.inputs, *model.graph.outputs)
-        for axis, dim in zip(axes[str(value.name)], value.shape or (), strict=True)
-        if isinstance(axis, str) and isinstance(dim, int)
+    by_side = [
+        [
+            f"{value.name}: {axis} = {dim}"
+            for value in side
+            for axis, dim in zip(axes[str(value.name)], value.shape or (), strict=True)
+            if isinstance(axis, str) and isinstance(dim, int)
+        ]
+        for side in (model.graph.inputs, model.graph.outputs)
     ]
-    if fixed:
+    if fixed := by_side[0] or by_side[1]:  # a size that is fixed in an input is so in what is made of it
         cause = _unrolled(module) or "int() of a size does that, and so do libraries that call it"
         sizes = "; ".join(fixed)
         raise SourceError(
