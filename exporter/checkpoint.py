@@ -10,8 +10,7 @@ import importlib.util
 import inspect
 import re
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from txopt.exporter.borrowed import borrowed, rebuilt
+from txopt.exporter.calls import calling
 from txopt.exporter.source import Source
 from txopt.runtime.errors import SourceError
 
@@ -103,34 +103,41 @@ def _call_factory(text: str) -> tuple[torch.nn.Module, Path | None]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         works = f"run txopt where `python -c 'import {name}'` works"
-        imported = _foreign(f"{text}: cannot import {name}", lambda: importlib.import_module(name), works)
+        with calling(f"{text}: cannot import {name}", works):
+            imported = importlib.import_module(name)
         factory = getattr(imported, attribute, None)
         if not callable(factory):
             raise SourceError(f"{text}: {name} has no callable {attribute}")
+        if isinstance(factory, torch.nn.Module):
+            raise SourceError(
+                f"{text}: expected a function, but {attribute} is a module itself ({type(factory).__name__}); "
+                f"write one that returns it (def factory(): return {attribute}), or give it to txopt.export in Python"
+            )
         if wanted := _required(factory):
             raise SourceError(
                 f"{text}: expected a function without arguments, but {attribute} needs {', '.join(wanted)}; "
                 "write one that gives them and returns the module, weights loaded"
             )
-        module = _foreign(f"{text}: {attribute}() failed", factory, "call it in Python and mend what it raises")
+        with calling(f"{text}: {attribute}() failed", "call it in Python and mend what it raises"):
+            module = factory()
     finally:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(module, torch.nn.Module):
-        raise SourceError(
-            f"{text}: expected {attribute}() to return an nn.Module, got {type(module).__name__}; return the module, weights loaded"
-        )
+        raise SourceError(f"{text}: expected {attribute}() to return an nn.Module, {_instead(module)}")
     path = getattr(imported, "__file__", None)
     return module, Path(path) if path else None
 
 
-def _foreign(what: str, call: Callable[[], Any], advice: str) -> Any:
-    """Runs a stranger's code; whatever it raises is the source's fault, and the line that raised it is named."""
-    try:
-        return call()
-    except (Exception, SystemExit) as err:
-        last = traceback.extract_tb(err.__traceback__)[-1]
-        where = "" if last.filename.startswith("<") else f" ({Path(last.filename).name}, line {last.lineno})"
-        raise SourceError(f"{what}: {type(err).__name__}: {err}{where}; {advice}") from err
+def _instead(made: Any) -> str:
+    """What a factory made that is no module, and what to do."""
+    if made is None:
+        return "got None (has it a return?); return the module, weights loaded"
+    if isinstance(made, type):
+        return f"got the class {made.__name__}; return {made.__name__}(...), weights loaded"
+    if isinstance(made, Mapping) and made and all(isinstance(value, torch.Tensor) for value in made.values()):
+        return "got a dict of tensors; make the module, give it these by load_state_dict() and return the module"
+    kind = type(made).__name__
+    return f"got a{'n' if kind[0] in 'aeiouAEIOU' else ''} {kind}; return the module alone, weights loaded"
 
 
 def _required(factory: Callable[..., Any]) -> list[str]:

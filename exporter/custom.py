@@ -29,7 +29,7 @@ The cache owns masks, positions and buffers; the module never sees them. In trai
 It does not know about graphs: ``trace`` brings a cache of its own that writes into buffers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +80,31 @@ class CustomEncoderDecoder(Protocol):
 def as_memories(found: Any) -> tuple[Any, ...]:
     """What encode() returned, as a list of memories, usually of one."""
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def in_a_tuple(returned: Any) -> str:
+    """What to say beside an error of decode() where encode() put its memories into a tuple, perhaps a single one."""
+    return "; encode() returns a tuple, so decode() is given one" if isinstance(returned, (tuple, list)) else ""
+
+
+def described(found: Any) -> str:
+    """What a module returned where a tensor of another shape was expected, and what to do about it."""
+    if isinstance(found, Tensor):
+        return f"got [{','.join(map(str, found.shape))}]"
+    if found is None:
+        return "got None (has it a return?)"
+    kind = type(found).__name__
+    if isinstance(found, Mapping):
+        kind += f" with {', '.join(map(str, found))}"
+    elif isinstance(found, (tuple, list)):
+        kind += f" of {len(found)}"
+    return f"got a {kind}; return the tensor alone"
+
+
+def check_logits(found: Any, rows: int, length: int) -> None:
+    """Raises SourceError unless decode() returned logits for ``rows`` of ``length`` tokens."""
+    if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:2] != (rows, length):
+        raise SourceError(f"decode() must return logits, a tensor [{rows},{length},V], {described(found)}")
 
 
 def check_layer(kind: str, layer: int, before: int) -> None:

@@ -4,6 +4,7 @@ Owns the types and ranges of the attributes that docs/custom-models.md lists, bu
 they are true, a trial call tells (custom_source.py).
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 from torch import nn
 
 from txopt.exporter import custom_inputs
+from txopt.exporter.calls import calling
 from txopt.exporter.custom_inputs import Masks, is_whole
 from txopt.exporter.source import Input
 from txopt.runtime.errors import SourceError, explain
 
 SPECIAL_IDS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+_FACTS = ("special_ids", "max_length", "max_source_length", "source_vocabulary", "inputs", "memory_masks", "tokenizers")
 _ID = "a whole number of at least 0"
 # One to start from, one to generate; a source of one token would be frozen into the graph.
 _LEAST_POSITIONS = 2
@@ -50,6 +53,7 @@ def read(module: Any) -> CustomFacts:
     if not isinstance(module, nn.Module):
         problems.append(f"expected an nn.Module, got {type(module).__name__}")
     problems += [f"no method {name}()" for name in ("encode", "decode") if not callable(getattr(module, name, None))]
+    _ask_properties(module)
     special: Any = getattr(module, "special_ids", None)
     problems += _special_problems(special)
     problems += custom_inputs.problems(module)
@@ -80,6 +84,17 @@ def read(module: Any) -> CustomFacts:
         inputs=inputs,
         masks=masks,
     )
+
+
+def _ask_properties(module: Any) -> None:
+    """Raises SourceError where a fact is a property that fails: after an AttributeError nn.Module says that there is no such fact."""
+    for name in _FACTS:
+        said = inspect.getattr_static(type(module), name, None)
+        if isinstance(said, property) and said.fget is not None:
+            with calling(
+                f"{name} cannot be read off {type(module).__name__}", "mend this property (docs/custom-models.md)"
+            ):
+                said.fget(module)
 
 
 def _special_problems(special: Any) -> list[str]:

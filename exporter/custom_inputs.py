@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txopt.exporter.custom import as_memories
+from txopt.exporter.custom import as_memories, described
 from txopt.exporter.source import Input, Memory
 from txopt.runtime.errors import SourceError
 from txopt.runtime.graphs import SOURCE_AXES
@@ -117,10 +117,9 @@ def check_memories(found: Any, masks: Masks, given: Mapping[str, Tensor]) -> tup
         length = None if mask is None else given[mask].shape[1]
         fits = isinstance(memory, Tensor) and memory.dim() == 3 and memory.shape[0] == rows
         if not fits or length not in (None, memory.shape[1]):
-            shape = list(memory.shape) if isinstance(memory, Tensor) else f"a {type(memory).__name__}"
             raise SourceError(
                 f"{name} must return a tensor [{rows},{'T' if length is None else length},M]"
-                f"{'' if length is None else f', as long as {mask}'}, got {shape}"
+                f"{'' if length is None else f', as long as {mask}'}, {described(memory)}"
             )
     return memories
 

@@ -1,8 +1,8 @@
 """Anyone's own encoder-decoder (custom.py) as a ``Source``."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,19 @@ from torch import Tensor
 
 from txopt.exporter import custom_facts, custom_inputs
 from txopt.exporter.cache import CrossCollector, DecodeState
-from txopt.exporter.custom import CrossKV, FullSequence, as_memories, check_layer
+from txopt.exporter.calls import calling, shapes, told
+from txopt.exporter.custom import CrossKV, FullSequence, as_memories, check_layer, check_logits, in_a_tuple
 from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.custom_steady import steady
 from txopt.exporter.incremental import Incremental
 from txopt.exporter.incremental_check import check
 from txopt.exporter.precision import in_float32
+from txopt.exporter.recurrent import none_in_decode
 from txopt.exporter.source import KV, Facts, Forward, Generated
 from txopt.runtime.errors import SourceError, explain
 from txopt.runtime.graphs import SOURCE_AXES
+
+_TAKES = "encode() and decode() must take them; of its cache decode() may ask positions, self_attention() and cross_attention()"
 
 
 class _Recording(FullSequence):
@@ -99,9 +103,10 @@ class CustomSource:
         return self.traced.decode(tokens, self._as_returned(memories), state).float(), state.self_kv
 
     def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
-        returned = self.module.encode(*(inputs[item.name] for item in self.facts.inputs))
         cache = _Recording(tokens, self._masks(inputs))
-        logits = self.module.decode(tokens, returned, cache)
+        with _any_shape(inputs, tokens):
+            returned = self.module.encode(*(inputs[item.name] for item in self.facts.inputs))
+            logits = self.module.decode(tokens, returned, cache)
         return Forward(as_memories(returned), logits.float(), cache.self_kv, cache.cross_kv)
 
     def _masks(self, inputs: Mapping[str, Tensor]) -> list[Tensor | None]:
@@ -160,7 +165,8 @@ class CachelessSource(CustomSource):
     def forward(self, inputs: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None = None) -> Forward:
         derived = super().forward(inputs, tokens)
         memories, masks = self._as_returned(derived.memories), self._as_returned(self._masks(inputs))
-        logits = self._whole.decode(tokens, memories, masks)
+        with _any_shape(inputs, tokens):
+            logits = self._whole.decode(tokens, memories, masks)
         return Forward(derived.memories, logits.float(), derived.self_kv, derived.cross_kv)
 
     def _try_lengths(self, inputs: Mapping[str, Tensor]) -> None:
@@ -168,13 +174,9 @@ class CachelessSource(CustomSource):
         returned, masks = self._whole.encode(*inputs.values()), self._as_returned(self._masks(inputs))
         for length in (1, self.facts.limit or 2):
             tokens = torch.full((2, length), int(self.facts.generation["decoder_start_token_id"]))
-            try:
+            what = f"decode(tokens, memory, memory_mask) fails for {length} of at most {self.facts.limit} tokens"
+            with calling(what, "it must take any number of them, up to max_length"):
                 self._whole.decode(tokens, returned, masks)
-            except Exception as err:  # whatever a stranger's code raises
-                raise SourceError(
-                    f"decode(tokens, memory, memory_mask) fails for {length} of at most {self.facts.limit} tokens: "
-                    f"{type(err).__name__}: {err}"
-                ) from err
 
 
 def open_module(module: Any) -> CustomSource:
@@ -219,10 +221,11 @@ def _tried(module: Any, facts: CustomFacts) -> _Trial:
         memories = custom_inputs.check_memories(returned, facts.masks, inputs)
         _check_fixed(module, facts, memories, dtype)
         _check_source_ids(module, facts, inputs)
-        with _trial(f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}"):
+        given = f"{tokens.shape[1]} tokens to decode, up to max_length: id {start}, at last {pad}{in_a_tuple(returned)}"
+        with _trial(given), none_in_decode(module):
             logits = steady("decode()", decoded)
     cache = caches[0]
-    _check_logits(logits, tokens.shape[1])
+    check_logits(logits, 1, tokens.shape[1])
     vocabulary = int(logits.shape[-1])
     problems = [
         f"decode() asked for no {kind}-attention of its cache: every layer's goes through cache.{kind}_attention(...)"
@@ -282,26 +285,17 @@ def _check_source_ids(module: Any, facts: CustomFacts, inputs: Mapping[str, Tens
             try:
                 module.encode(*({**inputs, item.name: torch.full_like(inputs[item.name], last)}.values()))
             except Exception as err:  # whatever a stranger's code raises
-                problems.append(f"{promise}; id {last} fails: {type(err).__name__}: {err}")
+                problems.append(f"{promise}; id {last} fails: {told(err)}")
     if problems:
         raise SourceError(explain("encode() does not take the source's ids (see docs/custom-models.md):", problems))
 
 
-@contextmanager
-def _trial(given: str) -> Iterator[None]:
-    try:
-        yield
-    except SourceError:
-        raise
-    except Exception as err:  # whatever a stranger's code raises
-        raise SourceError(
-            f"a trial call failed ({given}): {type(err).__name__}: {err}; "
-            "encode() and decode(tokens, memory, cache) must take them"
-        ) from err
+def _any_shape(inputs: Mapping[str, Tensor], tokens: Tensor) -> AbstractContextManager[None]:
+    return calling(
+        f"encode() and decode() fail for {shapes({**inputs, 'tokens': tokens})}",
+        "they must take any number of rows, and any length up to max_source_length and max_length",
+    )
 
 
-def _check_logits(value: Any, length: int) -> None:
-    if isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, length):
-        return
-    found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    raise SourceError(f"decode() must return a tensor [1,{length},V], got {found}")
+def _trial(given: str) -> AbstractContextManager[None]:
+    return calling(f"a trial call failed ({given})", _TAKES)

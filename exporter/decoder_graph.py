@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from txopt.exporter import custom_inputs
+from txopt.exporter.calls import calling, first_line, shapes
+from txopt.exporter.custom import check_logits, in_a_tuple
 from txopt.exporter.custom_facts import CustomFacts
 from txopt.exporter.custom_steady import steady
 from txopt.exporter.plain import plain_modules
+from txopt.exporter.recurrent import none_in_decode
 from txopt.exporter.source import Memory
 from txopt.runtime.errors import SourceError
 
@@ -91,29 +94,33 @@ def graph_of(module: Any, facts: CustomFacts) -> tuple[fx.GraphModule, Given]:
     named = custom_inputs.memories_of(facts.inputs, facts.masks)
     ids = torch.ones(2, 5 if module.max_length > 5 else 2, dtype=torch.int64)
     dynamic = torch.export.Dim.DYNAMIC  # branches on which length is greater are taken once; parity tries other lengths
-    try:
-        with torch.no_grad(), plain_modules():
-            dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
-            lengths = custom_inputs.example_lengths(facts.inputs, 7)
-            inputs = custom_inputs.examples(facts.inputs, lengths, rows=2, dtype=dtype)
+    with torch.no_grad(), plain_modules():
+        dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+        lengths = custom_inputs.example_lengths(facts.inputs, 7)
+        inputs = custom_inputs.examples(facts.inputs, lengths, rows=2, dtype=dtype)
+        with calling(f"encode() fails for {shapes(inputs)}", "it must take any number of rows, and any length"):
             returned = module.encode(*inputs.values())
-            memories = custom_inputs.check_memories(returned, facts.masks, inputs)
-            masks = tuple(inputs[mask] for mask in facts.masks if mask is not None)
-            varying = [{0: dynamic, 1: dynamic} if isinstance(memory.axis, str) else {0: dynamic} for memory in named]
-            masked = [shape for shape, memory in zip(varying, named, strict=True) if memory.mask is not None]
-            shapes = ({0: dynamic, 1: dynamic}, tuple(varying), tuple(masked))
-            decoder = FullDecoder(module.eval(), named, isinstance(returned, (tuple, list)))
-            steady("decode()", lambda: decoder(ids, memories, masks))
-            program = torch.export.export(decoder, (ids, memories, masks), dynamic_shapes=shapes)
+        memories = custom_inputs.check_memories(returned, facts.masks, inputs)
+        masks = tuple(inputs[mask] for mask in facts.masks if mask is not None)
+        varying = [{0: dynamic, 1: dynamic} if isinstance(memory.axis, str) else {0: dynamic} for memory in named]
+        masked = [shape for shape, memory in zip(varying, named, strict=True) if memory.mask is not None]
+        decoder = FullDecoder(module.eval(), named, isinstance(returned, (tuple, list)))
+        what = f"decode(tokens, memory, memory_mask) fails for {shapes({'tokens': ids})}{in_a_tuple(returned)}"
+        with calling(what, "it must take any number of rows, and any length up to max_length"), none_in_decode(module):
+            logits = steady("decode()", lambda: decoder(ids, memories, masks))
+        check_logits(logits, *ids.shape)
+        try:
+            axes = ({0: dynamic, 1: dynamic}, tuple(varying), tuple(masked))
+            program = torch.export.export(decoder, (ids, memories, masks), dynamic_shapes=axes)
             if any(_in_place(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
-    except SourceError:
-        raise
-    except Exception as err:  # torch raises a dozen kinds, with pages of text
-        raise SourceError(
-            f"decode(tokens, memory, memory_mask) cannot be made a graph: {_reason(err)}; control flow on the values of tensors "
-            "and fixed lengths are the usual causes; the explicit protocol of docs/custom-models.md takes a cache instead"
-        ) from err
+        except SourceError:
+            raise
+        except Exception as err:  # torch raises a dozen kinds, with pages of text
+            raise SourceError(
+                f"decode(tokens, memory, memory_mask) cannot be made a graph: {_reason(err)}; control flow on the values of tensors "
+                "and fixed lengths are the usual causes; the explicit protocol of docs/custom-models.md takes a cache instead"
+            ) from err
     found: Any = program.module()
     _tidy(found.graph, module.special_ids)
     graph = fx.GraphModule(found, found.graph)  # a plain one: that of an exported program refuses eval()
@@ -189,7 +196,7 @@ def _reason(err: Exception) -> str:
     )
     fixed = sorted({f"the {axes[name][int(axis)]} to {size}" for name, axis, size in found if name in axes})
     if not fixed:
-        return str(err).strip().split("\n")[0]
+        return first_line(err)
     return f"its code fixes {' and '.join(fixed)}, what the example has (int() of a size does that, and libraries that call it)"
 
 

@@ -29,6 +29,7 @@ from txopt.runtime.errors import SourceError, explain
 
 POSITION, LENGTH = "cache_position", "cache_length"
 _PLACES = 2  # the axis of [B,H,P,D] along which a past grows
+_MERGED_BY = "use_cache_branch"  # the input by which Optimum's merged decoders choose
 _FORM = "expected Concat(past, new) along axis 2 of [batch, heads, length, size], its result an output"
 
 
@@ -75,10 +76,34 @@ def pairs(model: ir.Model, path: Path) -> tuple[Pair, ...]:
             (wrong if node.outputs[0].is_graph_output() else others).append(f"{node.name} {problem}")
     if wrong:
         raise SourceError(explain(f"{path}: its pasts cannot become buffers; {_FORM}:", wrong))
+    if not found and (branched := _in_branches(model, path)):
+        raise SourceError(branched)
     if not found:
         title = f"{path}: nothing to turn into a buffer; {_FORM}, found none in the main graph"
         raise SourceError(explain(f"{title}:", others) if others else title)
     return tuple(found)
+
+
+def _in_branches(model: ir.Model, path: Path) -> str:
+    """What to say where pasts grow inside an If alone, as in Optimum's merged decoders; nothing where none does."""
+    for node in model.graph:
+        if node.op_type != "If" or node.inputs[0] is None:
+            continue
+        branches = [attribute.as_graph() for attribute in node.attributes.values()]
+        inside = [each for branch in branches for each in branch if each.op_type == "Concat"]
+        count = sum(any(_may_be_past(value) for value in each.inputs) for each in inside)
+        if not count:
+            continue
+        asked = str(node.inputs[0].name)
+        where = f"{count} pasts grow inside the branches of {node.name} (If on {asked}), and buffers are made in the main graph alone"
+        if asked != _MERGED_BY:
+            return f"{path}: {where}; export the decoder that takes a past as a file of its own"
+        return (
+            f"{path}: is a merged decoder, one with a past and one without it in one file: {where}; give the "
+            "decoder_with_past_model.onnx of the same export (optimum-cli export onnx --no-post-process writes it), or make one "
+            f"decoder of an encoder-decoder's whole folder: txopt export {path.parent} OUT"
+        )
+    return ""
 
 
 def _may_be_past(value: ir.Value | None) -> bool:

@@ -44,18 +44,20 @@ def _record(source: Source, plan: Plan, generator: np.random.Generator) -> Case:
         outputs = {key: value.numpy() for key, value in source.outputs(tensors).items()}
         counts = facts.lengths(inputs).seen("T", 0)
         expected = {key: _tagged(sample(key, value, counts), key, counts) for key, value in outputs.items()}
+        _check_finite(source, plan.name, inputs, expected)
         return Case(name=plan.name, inputs=inputs, tokens=np.zeros((len(plan.rows), 0), np.int64), expected=expected)
     tokens = _ids(facts, facts.vocabulary, (len(plan.rows), sum(plan.schedule)), generator)
     forward = source.forward(tensors, torch.from_numpy(tokens))
-    case = Case(
-        name=plan.name, inputs=inputs, tokens=tokens, schedule=plan.schedule, expected=_expected(facts, forward, inputs)
-    )
+    expected = _expected(facts, forward, inputs)
+    _check_finite(source, plan.name, inputs, expected)
+    case = Case(name=plan.name, inputs=inputs, tokens=tokens, schedule=plan.schedule, expected=expected)
     return _with_generated(source, case, tensors) if plan.generates else case
 
 
 def _expected(facts: Facts, forward: Forward, inputs: Mapping[str, Any]) -> dict[str, Any]:
     logits = forward.logits.numpy()
-    expected = {"logits": sample("logits", logits, ()), "log_sum_exp": log_sum_exp(logits)}
+    with np.errstate(invalid="ignore"):  # what is not finite is refused in words, not warned of
+        expected = {"logits": sample("logits", logits, ()), "log_sum_exp": log_sum_exp(logits)}
     lengths = facts.lengths(inputs)
     for index, (memory, states) in enumerate(zip(facts.memories, forward.memories, strict=True)):
         name = memory_name(index)
@@ -68,6 +70,41 @@ def _expected(facts: Facts, forward: Forward, inputs: Mapping[str, Any]) -> dict
                 counts = lengths.seen(_axis(facts.cross_memory(layer), size), size) if kind == "cross" else ()
                 expected[name] = sample(name, value.numpy(), counts)
     return expected
+
+
+def _check_finite(source: Source, case: str, inputs: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises SourceError where the model itself says NaN or infinity, which no artifact can be held against."""
+    for name in sorted(expected, key=_place):
+        value = expected[name]
+        if np.isfinite(value).all():
+            continue
+        found = "NaN" if np.isnan(value).any() else "inf" if (value == np.inf).any() else "-inf"
+        shapes = ", ".join(f"{key} [{','.join(map(str, each.shape))}]" for key, each in inputs.items())
+        raise SourceError(
+            f"the model's own answers are not finite, so there is nothing to hold an artifact against: {found} in {name}, "
+            f'case "{case}" ({shapes}); {_why_not_finite(source, name, value)}'
+        )
+
+
+def _place(name: str) -> int:
+    """In the order of computation."""
+    order = ("memory", "cross_", "self_", "logits")
+    return next((index for index, kind in enumerate(order) if name.startswith(kind)), len(order))
+
+
+def _why_not_finite(source: Source, name: str, value: Any) -> str:
+    named = source.module.named_parameters()  # of a decoder without a cache in a module around it, "module"
+    broken = [key.removeprefix("module.") for key, weight in named if not bool(torch.isfinite(weight).all())]
+    if broken:
+        return f"weights that hold NaN or infinity: {', '.join(broken)}; load or train them again"
+    if name == "logits" and (value[~np.isfinite(value)] == -np.inf).all():
+        ids = np.unique(np.nonzero(~np.isfinite(value))[-1])
+        which = f"at id {', '.join(map(str, ids))}: " if value.shape[-1] == source.facts.vocabulary else ""
+        return f"{which}leave these logits finite, and forbid ids by suppress_tokens of generate() instead"
+    return (
+        "all weights are finite: look for a division by zero, a logarithm of 0, a softmax of nothing but masked places, or numbers "
+        "too large for their type"
+    )
 
 
 def _axis(memory: Memory, size: int) -> str | int:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from txopt.exporter.calls import calling, first_line, shapes
 from txopt.exporter.graph import clean, name_axes
 from txopt.exporter.operators import OPSET, TRANSLATIONS
 from txopt.exporter.plain import plain_modules
+from txopt.exporter.recurrent import found_in
 from txopt.exporter.source import KV, Facts, Input, Source
 from txopt.runtime.cases import source_axis
 from txopt.runtime.errors import SourceError, TxoptError
@@ -28,6 +30,7 @@ from txopt.runtime.graphs import GLOBAL_MASK, MASKS, CacheSpec, GraphSpec, Tenso
 # Example sizes of the trace: all different, none 0 or 1, which torch.export would freeze.
 EXAMPLE = {"B": 2, "R": 6, "Q": 3, "S": 11, "T": 7, "U": 5, "W": 9}
 
+_CACHED = "of its cache decode() may ask positions, self_attention() and cross_attention() (docs/custom-models.md)"
 NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int64: "int64"}
 
 
@@ -84,7 +87,9 @@ def trace(source: Source, dtype: torch.dtype) -> Trace:
         if source.facts.kind == "decoder":
             return _trace_decoder(source, dtype, cross=[])
         examples = [example(item, dtype, source.facts) for item in source.facts.inputs]
-        results = source.encode(*examples)
+        given = {item.name: value for item, value in zip(source.facts.inputs, examples, strict=True)}
+        with calling(f"the model fails for {shapes(given)}", _CACHED):
+            results = source.encode(*examples)
         names = source.facts.outputs if source.facts.kind == "encoder" else _names(source.facts, len(results))
         outputs = tuple(
             _spec(name, value, _encoder_axes(source.facts, name, value))
@@ -232,33 +237,47 @@ def _export(module: nn.Module, arguments: tuple[object, ...], dims: tuple[object
     except TxoptError:
         raise
     except Exception as err:  # torch raises a dozen kinds, with pages of text
-        reason = str(err.__cause__ or err).strip().split("\n")[0]
+        if isinstance(err.__cause__, TxoptError):
+            raise err.__cause__ from err
+        cause = _unrolled(module) or "control flow on the values of tensors is the usual cause"
         raise SourceError(
-            f"torch cannot trace this model to {spec.file}: {reason}; control flow on the values of tensors is the usual cause "
-            "(docs/custom-models.md)"
+            f"torch cannot trace this model to {spec.file}: {first_line(err)}; {cause} (docs/custom-models.md)"
         ) from err
     if program is None:
         raise SourceError("torch.onnx.export returned nothing")
     model = clean(program.model)
-    _check_axes(model, spec)
+    _check_axes(model, spec, module)
     name_axes(model, {item.name: item.axes for item in (*spec.inputs, *spec.outputs)})
     return model
 
 
-def _check_axes(model: ir.Model, spec: GraphSpec) -> None:
+def _check_axes(model: ir.Model, spec: GraphSpec, module: nn.Module) -> None:
     """torch.onnx.export fixes what a model's code fixes, and goes on: such a graph would serve the example's sizes alone."""
-    axes = {item.name: item.axes for item in spec.inputs}
-    fixed = [
-        f"{value.name}: {axis} = {dim}"
-        for value in model.graph.inputs
-        for axis, dim in zip(axes[str(value.name)], value.shape or (), strict=True)
-        if isinstance(axis, str) and isinstance(dim, int)
+    axes = {item.name: item.axes for item in (*spec.inputs, *spec.outputs)}
+    by_side = [
+        [
+            f"{value.name}: {axis} = {dim}"
+            for value in side
+            for axis, dim in zip(axes[str(value.name)], value.shape or (), strict=True)
+            if isinstance(axis, str) and isinstance(dim, int)
+        ]
+        for side in (model.graph.inputs, model.graph.outputs)
     ]
-    if fixed:
+    if fixed := by_side[0] or by_side[1]:  # a size that is fixed in an input is so in what is made of it
+        cause = _unrolled(module) or "int() of a size does that, and so do libraries that call it"
+        sizes = "; ".join(fixed)
         raise SourceError(
-            f"the model's code fixes sizes of {spec.file} to those of the example ({'; '.join(fixed)}): int() of a size does that, "
-            "and so do libraries that call it (docs/custom-models.md)"
+            f"the model's code fixes sizes of {spec.file} to those of the example ({sizes}): {cause} (docs/custom-models.md)"
         )
+
+
+def _unrolled(module: nn.Module) -> str:
+    """What to say of a model's recurrent layers; nothing where it has none."""
+    layers = ", ".join(found_in(module))
+    return layers and (
+        f"recurrent layers that are run ({layers}) do that, for torch writes them out step by step; put attention or convolutions in "
+        "their place"
+    )
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def document() -> dict[str, Any]:
         "precision": "int8",
         "max_loss": 0.3,
         "refused": None,
-        "scheme": {"bits": 8, "block": 64, "method": "rtn"},
+        "scheme": {"bits": 8, "block": 64, "symmetric": True, "method": "rtn"},
         "weights_before": 8_000_000,
         "points": [
             point(2_000_000, 1.25, 0, passed=False),
@@ -130,7 +130,7 @@ def test_every_part_is_there() -> None:
     text = " ".join(Reader(page.replace("</td>", " </td>")).text.split())
     for said in (
         "lost 0.12, allowed 0.3",
-        "some/checkpoint in int8: weights of 8 bits in blocks of 64, by rtn",
+        "some/checkpoint in int8: weights: 8 bits in blocks of 64, symmetric, by rtn",
         "word-error, quantized 35.12 34.62 to 35.62",
         "tokens chosen alike, fed the same ones 99.50 %",
         "0.263x of 8.0 MB",
@@ -271,7 +271,7 @@ def test_2_what_cannot_be_done_is_said(tmp_path: Any) -> None:
     assert "make it first" in done.stderr
     done = txopt("export", "nowhere", "out", "--report", "page.html", cwd=tmp_path)
     assert done.returncode == 2
-    assert "report: is for int8 and int4" in done.stderr
+    assert "report: is for int8, int4, fp8" in done.stderr
 
 
 def test_ranges_are_printed(tmp_path: Any) -> None:

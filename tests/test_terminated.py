@@ -44,6 +44,11 @@ except Terminated:
 """
 
 
+def _hearing() -> None:
+    """Shells start what runs in the background deaf to Ctrl-C, and so would be all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(folder: Path, *command: str) -> "subprocess.Popen[str]":
     """A process that has said its first line."""
     path = os.pathsep.join([str(folder), *sys.path])
@@ -54,6 +59,7 @@ def started(folder: Path, *command: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_hearing,
     )
     assert process.stdout is not None
     assert process.stdout.readline()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.calibration.graphs import graph, run
+from tests.calibration.graphs import engine, parsed
 from tests.calibration.made import SCHEMES, correlated, matrices, normal
 from txopt.calibration.awq import fold_scales, input_scales
 from txopt.calibration.blocks import BlockScheme, dequantize
@@ -81,11 +81,11 @@ def test_folded_scales_change_the_weights_and_not_what_is_said() -> None:
         { a = LayerNormalization(x, g, b)  h = MatMul(a, w)  y = MatMul(h, v)  z = MatMul(x, u) }"""
     spread = np.exp(np.random.default_rng(0).standard_normal(64)).astype(np.float32)
     weights = {"g": spread, "b": normal(64), "w": normal(64, 80), "v": normal(80, 96), "u": normal(64, 64)}
-    model, x = graph(text, **weights), normal(7, 64)
-    before = run(model, {"x": x})
+    model, x = parsed(text, **weights), normal(7, 64)
+    before = engine(model, x=x)
     moments = {"a": np.diag(spread.astype(np.float64) ** 2), "h": np.eye(80), "x": np.eye(64)}
     seen = fold_scales(model.graph, moments, FOUR)
-    for old, new in zip(before, run(model, {"x": x}), strict=True):
+    for old, new in zip(before, engine(model, x=x), strict=True):
         np.testing.assert_allclose(new, old, atol=1e-4 * np.abs(old).max())
     scales = input_scales(weights["w"], moments["a"], FOUR)
     changed = {name: value.const_value.numpy() for name, value in model.graph.initializers.items() if value.const_value}

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tests.calibration.graphs import graph, linear, node, rows
 from tests.calibration.made import normal
-from tests.calibration.products import graph, linear, node, rows
 from txopt.calibration.formats import INT8
 from txopt.calibration.layers import Rounded, by_row_and_block, by_tensor, in_channels, layers
 from txopt.calibration.pictures import Picture, outliers

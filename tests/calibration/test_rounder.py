@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.calibration.graphs import graph
+from tests.calibration.graphs import parsed
 from tests.calibration.made import correlated, normal
 from txopt.calibration.clipping import clip
 from txopt.calibration.descent import descended
@@ -24,7 +24,7 @@ RECIPE = Recipe.of("int4", method="descent")
 
 
 def models() -> dict[str, ir.Model]:
-    return {"encoder": graph(ENCODER, shared=TABLE, w=WEIGHT), "decoder": graph(DECODER, table=TABLE.copy())}
+    return {"encoder": parsed(ENCODER, shared=TABLE, w=WEIGHT), "decoder": parsed(DECODER, table=TABLE.copy())}
 
 
 def test_a_linear_weight_is_rounded_by_what_its_product_reads() -> None:
@@ -74,7 +74,7 @@ def test_what_was_rounded_is_not_rounded_again(monkeypatch: pytest.MonkeyPatch) 
 
 def test_weights_of_the_same_name_in_two_graphs_are_two() -> None:
     twice = {
-        name: graph(ENCODER, shared=TABLE, w=weight) for name, weight in (("encoder", WEIGHT), ("decoder", -WEIGHT))
+        name: parsed(ENCODER, shared=TABLE, w=weight) for name, weight in (("encoder", WEIGHT), ("decoder", -WEIGHT))
     }
     seen = dict.fromkeys(twice, SEEN["encoder"])
     blocks = Rounder(seen).blocks(twice, Recipe.of("int4", method="gptq"))

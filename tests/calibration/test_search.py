@@ -42,8 +42,8 @@ def test_what_would_leave_all_in_float_is_no_attempt(recipe: Recipe | StaticReci
 
 def test_finer_is_int8_for_int4_and_float_for_the_rest() -> None:
     four, eight, static = (each.with_finer({"w0"}) for each in (Recipe.of("int4"), Recipe.of("int8"), StaticRecipe()))
-    assert four.scheme_of("w0", graph="decoder") == SCHEMES["int8"]
-    assert four.form("w0", graph="decoder") == "8 bits in blocks of 64"
+    assert four.scheme_of("w0", graph="decoder") == replace(SCHEMES["int8"], block=32)
+    assert four.form("w0", graph="decoder") == "8 bits in blocks of 32"
     assert (eight.form("w0", graph="decoder"), static.form("w0", graph="decoder")) == (None, None)
     assert all(each.form("w1", graph="decoder") is not None for each in (four, eight, static))
 

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 from txopt.exporter import foreign_child
+from txopt.runtime.errors import SourceError
 
 HEADS, SIZE, WIDTH = 4, 8, 32
 DATA = Path(__file__).parents[1] / "data" / "optimum"
@@ -131,3 +133,36 @@ def test_both_decoders_of_a_merged_file_of_optimum_are_fused(family: str, tmp_pa
     operators = found["operators"]
     assert {key: operators.get(key, 0) for key in (*MERGED[family], "Softmax")} == {**MERGED[family], "Softmax": 0}
     assert found["operators"]["If"] == 1
+
+
+def refused_buffers(file: Path, folder: Path) -> str:
+    """What is said where its pasts should become buffers."""
+    (folder / "out").mkdir()
+    with pytest.raises(SourceError) as caught:
+        foreign_child.optimize(file, folder / "out", lambda stage: None, in_place_cache=True)
+    assert not list((folder / "out").iterdir())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_pasts_of_a_merged_file_are_no_buffers_and_what_to_give_instead_is_told(family: str, tmp_path: Path) -> None:
+    with tarfile.open(DATA / f"{family}.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    file = next(tmp_path.rglob("decoder_model_merged.onnx"))
+    said = refused_buffers(file, tmp_path)
+    parts = ("is a merged decoder", "4 pasts grow", "If on use_cache_branch", "decoder_with_past_model.onnx")
+    for part in (*parts, f"txopt export {file.parent}"):
+        assert part in said, said
+    assert "found none" not in said
+
+
+def test_pasts_that_grow_in_a_branch_of_another_file_are_no_buffers(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 23]> net (float[b,2,p,4] past, float[b,2,l,4] new) => (float[b,2,e,4] present) {
+        rows = Shape<start = 0, end = 1>(past) one = Constant<value_ints = [1]>() asked = Greater(rows, one)
+        present = If(asked) <then_branch = a () => (float[b,2,c,4] t) { t = Concat<axis = 2>(past, new) },
+            else_branch = b () => (float[b,2,d,4] f) { f = Neg(new) }>
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "in.onnx")
+    said = refused_buffers(tmp_path / "in.onnx", tmp_path)
+    assert "1 pasts grow inside the branches of If_" in said
+    assert said.endswith("export the decoder that takes a past as a file of its own")

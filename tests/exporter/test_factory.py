@@ -18,15 +18,33 @@ def forgetful(): torch.nn.Linear(1, 1)
 def leaving(): raise SystemExit(5)
 def half(): return torch.nn.Linear(1, 1)
 class NoModule: pass
+class Module(torch.nn.Module): pass
+def a_class(): return Module
+def a_state(): return torch.nn.Linear(1, 1).state_dict()
+def with_tokenizer(): return torch.nn.Linear(1, 1), "tokenizer"
+made = torch.nn.Linear(1, 1)
+def missing(): return {}["weights"]
+def silent(): raise KeyError
+def deep(): return missing_attribute()
+def missing_attribute(): return made.nothing
+def loading(): return torch.load("nowhere.pt")
 """
 
 # the module's text, the factory, and what must be said
 WRONG: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "raises": (FACTORIES, "failing", ("failing() failed", "RuntimeError: weights.pt is not there", "line 4")),
     "needs arguments": (FACTORIES, "asking", ("without arguments", "asking needs path, width")),
-    "returns nothing": (FACTORIES, "forgetful", ("return an nn.Module, got NoneType", "return the module")),
+    "returns nothing": (FACTORIES, "forgetful", ("return an nn.Module, got None", "has it a return?")),
+    "returns the class": (FACTORIES, "a_class", ("got the class Module", "return Module(...)")),
+    "returns the weights": (FACTORIES, "a_state", ("got a dict of tensors", "load_state_dict")),
+    "returns a pair": (FACTORIES, "with_tokenizer", ("got a tuple", "return the module alone")),
+    "is the module itself": (FACTORIES, "made", ("made is a module itself (Linear)", "def factory(): return made")),
+    "lacks a key": (FACTORIES, "missing", ("KeyError: 'weights' (", ".py, line 15)")),
+    "says nothing": (FACTORIES, "silent", ("failed: KeyError (", ".py, line 16)")),
+    "fails further down": (FACTORIES, "deep", ("AttributeError: 'Linear' object has no attribute", ".py, line 18)")),
+    "fails in torch": (FACTORIES, "loading", ("FileNotFoundError", ".py, line 19)")),
     "leaves": (FACTORIES, "leaving", ("leaving() failed", "SystemExit: 5")),
-    "is another class": (FACTORIES, "NoModule", ("return an nn.Module, got NoModule",)),
+    "is another class": (FACTORIES, "NoModule", ("return an nn.Module, got a NoModule",)),
     "makes a module of another kind": (FACTORIES, "half", ("no method encode()", "no special_ids")),
     "is written wrong": ("def factory(:", "factory", ("cannot import", "SyntaxError")),
     "imports what is not there": (

@@ -213,7 +213,7 @@ def test_a_near_miss_is_refused_with_the_node_and_the_reason(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["decoder_model.onnx", "decoder_model_merged.onnx", "encoder_model.onnx"])
+@pytest.mark.parametrize("name", ["decoder_model.onnx", "encoder_model.onnx"])
 def test_a_file_without_a_growing_past_has_nothing_to_turn(optimum: Any, tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=f"{name}: nothing to turn into a buffer; expected Concat"):
         turned(optimum("t5").with_name(name), tmp_path / "out")

@@ -168,7 +168,7 @@ def test_a_cache_in_8_bits_is_refused(tmp_path: Path) -> None:
     [
         ({"precision": "fp8", "scheme": "static"}, "fp8 is for the tensorrt target"),
         ({"precision": "fp8"}, "precision: expected one of int8, int4 to quantize"),
-        ({"target": "tensorrt"}, "target: expected cpu, which has operators for weights in blocks"),
+        ({"target": "tensorrt"}, "target: expected cpu, which has operators for such weights"),
         ({"target": "cuda", "scheme": "static"}, "target: expected one of cpu, tensorrt"),
     ],
 )

@@ -1,5 +1,6 @@
 """Large pages are advice: what lies in them stays what and where it was."""
 
+import ctypes
 import mmap
 from pathlib import Path
 
@@ -27,8 +28,9 @@ def test_small_growth_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, int]] = []
     monkeypatch.setattr(huge_pages, "_advise", lambda start, end: advised.append((start, end)))
     with huge_pages.collapsed():
-        _ = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    assert advised == []
+        grown = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        place = ctypes.addressof(ctypes.c_char.from_buffer(grown))
+    assert not [start for start, end in advised if start <= place < end]  # other threads may have grown by more
 
 
 def test_a_system_that_does_not_tell_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
