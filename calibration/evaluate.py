@@ -51,6 +51,13 @@ def said(model: Model, samples: Samples, *, progress: Progress | None = None) ->
     return Said(ordered, tuple(reader.text(row) for row in ordered))
 
 
+def continued(model: Model, samples: Samples, *, progress: Progress | None = None) -> Said | None:
+    """What ``model`` itself says to ``samples``, for teacher forcing where some have no reference; None where all have one."""
+    if all(entry.labels is not None for entry in samples.entries):
+        return None
+    return said(model, samples, progress=progress)
+
+
 def agreement(
     baseline: Model,
     candidate: Model,

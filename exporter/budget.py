@@ -36,13 +36,12 @@ def within(ground: Ground, recipe: Recipe, report: Progress) -> tuple[Recipe, Se
         return recipe, ()
     report("sensitivity")
     few = ground.calibrated.part(0, min(SAMPLES, len(ground.calibrated)))
-    whole = all(entry.labels is not None for entry in few.entries)
     tables = {name: tables_of(model.graph) for name, model in graphs_of(artifact).items()}
     found = sensitivities(
         artifact,
         alone_in_blocks(artifact, blocks, tables),
         few,
-        said=None if whole else evaluate.said(ground.baseline, few),
+        said=evaluate.continued(ground.baseline, few),
         most=SAMPLES,
         progress=partial(report, "sensitivity"),
     )

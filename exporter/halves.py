@@ -29,7 +29,6 @@ from txopt.calibration.halves import halve, rounded, spell_out
 from txopt.calibration.islands import LARGEST, MARGIN, Islands, choose
 from txopt.calibration.linears import reads
 from txopt.calibration.magnitudes import Magnitudes, magnitudes
-from txopt.calibration.samples import Samples
 from txopt.exporter.attempt import Ground, Progress, clear, finish, graphs_of, twin, write_answers
 from txopt.exporter.lowering import LOWERINGS
 from txopt.runtime import cases
@@ -100,7 +99,7 @@ def half_attempt(
 
 def _computed_in_float16(ground: Ground, writer: ArtifactWriter, report: Progress, steps: Steps) -> Manifest:
     artifact, samples = ground.artifact, ground.calibrated
-    said = _continued(ground, samples, report)
+    said = evaluate.continued(ground.baseline, samples, progress=partial(report, "calibrate"))
     seen = magnitudes(artifact, samples, said=said, steps=steps, progress=partial(report, "calibrate"))
     report("quantize")
     models = graphs_of(artifact)
@@ -157,13 +156,6 @@ def _stored_in_bfloat16(ground: Ground, writer: ArtifactWriter, report: Progress
         "loss": verdict.require().certificate(),
     }
     return replace(manifest, calibration=calibration)
-
-
-def _continued(ground: Ground, samples: Samples, report: Progress) -> Said | None:
-    """What the model itself says to ``samples``, where some have no reference."""
-    if all(entry.labels is not None for entry in samples.entries):
-        return None
-    return evaluate.said(ground.baseline, samples, progress=partial(report, "calibrate"))
 
 
 def _wide(artifact: Artifact, seen: Mapping[str, Magnitudes]) -> set[str]:

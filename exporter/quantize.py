@@ -301,8 +301,7 @@ def _moments(
     artifact: Artifact, baseline: Model, samples: Samples, steps: Steps, progress: Callable[[int, int], None]
 ) -> Mapping[str, Any]:
     """Second moments of what every product sees; samples without a reference are continued by the model itself."""
-    whole = all(entry.labels is not None for entry in samples.entries)
-    said = None if whole else evaluate.said(baseline, samples, progress=progress)
+    said = evaluate.continued(baseline, samples, progress=progress)
     return second_moments(artifact, graphs_of(artifact), samples, said=said, steps=steps, progress=progress)
 
 

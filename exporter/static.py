@@ -59,7 +59,7 @@ def prepared(
     key = activations.key_of(artifact, names, samples, recipe.clipping, steps, smoothed=recipe.codes is INT8)
     if file is not None and os.path.lexists(file):
         Ranges.load(file, key=key)  # what does not fit is said before anything is run
-    said = continued(ground, progress)
+    said = evaluate.continued(ground.baseline, samples, progress=progress)
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         smoothed, folded = artifact, dict[str, Mapping[str, Any]]()
         if recipe.codes is INT8:  # steps of fp8 shrink with the numbers, so that small channels have steps of their own
@@ -121,13 +121,6 @@ def static_attempt(
         "loss": verdict.certificate(),
     }
     return Attempt(manifest=replace(manifest, calibration=calibration), verdict=verdict)
-
-
-def continued(ground: Ground, progress: Any) -> Said | None:
-    """What the model itself says to the samples it is calibrated on, where some have no reference."""
-    if all(entry.labels is not None for entry in ground.calibrated.entries):
-        return None
-    return evaluate.said(ground.baseline, ground.calibrated, progress=progress)
 
 
 def _smoothed(

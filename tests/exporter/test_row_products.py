@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.calibration.graphs import engine, operators, parsed, reference
+from tests.calibration.graphs import engine, operators, parsed, reference, rounded
 from tests.calibration.made import normal
 from txopt.calibration.blocks import Blocks, BlockScheme, dequantize
-from txopt.calibration.linears import Role, reads
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.recipe import COLUMNS
 from txopt.calibration.rounding import round_to_nearest
@@ -36,13 +35,7 @@ WEIGHTS = {"table": normal(V, K), "w": normal(K, K, seed=1), "b": normal(K, seed
 
 def placed(text: str, scheme: BlockScheme = COLUMNS, **weights: NDArray[Any]) -> tuple[ir.Model, dict[str, Blocks]]:
     model = parsed(text, **weights)
-    blocks: dict[str, Blocks] = {}
-    for read in reads(model.graph):
-        assert read.weight.const_value is not None
-        matrix = read.weight.const_value.numpy()
-        blocks[read.name] = round_to_nearest(matrix if read.role is Role.LINEAR else matrix.T, scheme)
-    put(model.graph, blocks)
-    return model, blocks
+    return model, rounded(model, scheme)
 
 
 def test_the_neutral_form_has_one_scale_for_each_output() -> None:

@@ -167,7 +167,7 @@ def test_a_cache_in_8_bits_is_refused(tmp_path: Path) -> None:
     ("asked", "message"),
     [
         ({"precision": "fp8", "scheme": "static"}, "fp8 is for the tensorrt target"),
-        ({"precision": "fp8"}, "precision: expected one of int8, int4 to quantize"),
+        ({"precision": "fp8"}, "precision: fp8 is for --scheme static --target tensorrt"),
         ({"target": "tensorrt"}, "target: expected cpu, which has operators for such weights"),
         ({"target": "cuda", "scheme": "static"}, "target: expected one of cpu, tensorrt"),
     ],
