@@ -75,6 +75,11 @@ def reads(graph: ir.Graph) -> list[Read]:
     return sorted(found, key=lambda read: order[read.node])
 
 
+def roles(graph: ir.Graph) -> dict[str, Role]:
+    """How each weight that can be quantized is read, by name; of a table with a head, as that or as a table."""
+    return {read.name: read.role for read in reads(graph)}
+
+
 def _is_large_matrix(weight: ir.Value) -> bool:
     tensor = weight.const_value
     if tensor is None or weight.is_graph_output():

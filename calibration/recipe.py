@@ -87,8 +87,8 @@ class Recipe:
         blocks = cls.of(precision, method=method, block=block)
         return replace(blocks, encoder=COLUMNS) if mixed else replace(blocks, scheme=COLUMNS)
 
-    def scheme_of(self, name: str, *, graph: str, role: Role = Role.LINEAR) -> BlockScheme | None:
-        """The scheme of the weight ``name`` as ``graph`` reads it; None: it stays in float.
+    def scheme_of(self, name: str, *, graph: str, role: Role) -> BlockScheme | None:
+        """The scheme of the weight ``name`` as ``graph`` reads it, in ``role``; None: it stays in float.
 
         Finer ones have blocks no longer than the others: activations are rounded by blocks, too, and should not lose by it.
         """
@@ -110,7 +110,7 @@ class Recipe:
         """The same with the weights ``names`` among the finer ones."""
         return replace(self, finer=self.finer | frozenset(names))
 
-    def form(self, name: str, *, graph: str, role: Role = Role.LINEAR) -> str | None:
+    def form(self, name: str, *, graph: str, role: Role) -> str | None:
         """What the weight ``name`` is stored as, for people; None: float32."""
         scheme = self.scheme_of(name, graph=graph, role=role)
         if scheme is None or scheme.block is None:
@@ -145,7 +145,7 @@ class StaticRecipe:
         """The same with the products of the weights ``names`` in float."""
         return replace(self, keep=self.keep | frozenset(names))
 
-    def form(self, name: str, *, graph: str, role: Role = Role.LINEAR) -> str | None:
+    def form(self, name: str, *, graph: str, role: Role) -> str | None:
         """What the weight ``name`` is stored as, for people; None: float32."""
         return None if name in self.keep else f"{self.codes.title}, one scale for each output"
 

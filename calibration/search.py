@@ -58,7 +58,7 @@ def attempts(recipe: Kind, found: Sequence[Sensitivity]) -> Iterator[Kind]:
     last = recipe
     for share in SHARES:
         made = recipe.with_finer({each.name for each in found[: max(1, round(share * len(found)))]})
-        if all(made.form(each.name, graph=each.graph) is None for each in found):
+        if all(made.form(each.name, graph=each.graph, role=each.role) is None for each in found):
             return
         if made != last:
             yield made

@@ -33,10 +33,14 @@ _LOGITS = {"decoder": ["logits"]}
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What rounding the weight ``name`` costs: ``nats`` of divergence, the mean over places; ``numbers`` is the weight's size."""
+    """What rounding the weight ``name`` costs: ``nats`` of divergence, the mean over places; ``numbers`` is the weight's size.
+
+    ``role`` is how ``graph`` reads it, on which its schemes depend.
+    """
 
     graph: str
     name: str
+    role: Role
     nats: float
     numbers: int
 
@@ -47,22 +51,29 @@ class Alone:
 
     graph: str
     name: str
+    role: Role
     numbers: int
     opened: Callable[[Mapping[str, Sequence[str]]], Forced]
 
 
 def alone_in_blocks(
-    artifact: Artifact, blocks: Mapping[str, Mapping[str, Blocks]], tables: Mapping[str, set[str]]
+    artifact: Artifact, blocks: Mapping[str, Mapping[str, Blocks]], roles: Mapping[str, Mapping[str, Role]]
 ) -> list[Alone]:
-    """Each of the rounded weights ``blocks``, by graph and name; ``tables`` names those whose blocks are of the transpose."""
+    """Each of the rounded weights ``blocks``, read in ``roles``, both by graph and name."""
 
     def opened(graph: str, name: str, taps: Mapping[str, Sequence[str]]) -> Forced:
         rounded = dequantize(blocks[graph][name])
-        changed = np.ascontiguousarray(rounded.T) if name in tables[graph] else rounded
+        changed = rounded if roles[graph][name] is Role.LINEAR else np.ascontiguousarray(rounded.T)
         return Forced(artifact, taps, weights={graph: {name: changed}})
 
     return [
-        Alone(graph=graph, name=name, numbers=one.codes.size, opened=partial(opened, graph, name))
+        Alone(
+            graph=graph,
+            name=name,
+            role=roles[graph][name],
+            numbers=one.codes.size,
+            opened=partial(opened, graph, name),
+        )
         for graph, mine in blocks.items()
         for name, one in mine.items()
     ]
@@ -81,10 +92,16 @@ def alone_static(
 
     found = []
     for graph, model in models.items():
-        sizes = {read.name: read.numbers for read in reads(model.graph)}
+        mine = {read.name: read for read in reads(model.graph)}
         found += [
-            Alone(graph=graph, name=name, numbers=size, opened=partial(opened, graph, sizes.keys() - {name}))
-            for name, size in sizes.items()
+            Alone(
+                graph=graph,
+                name=name,
+                role=read.role,
+                numbers=read.numbers,
+                opened=partial(opened, graph, mine.keys() - {name}),
+            )
+            for name, read in mine.items()
         ]
     return found
 
@@ -123,15 +140,10 @@ def sensitivities(
                 ]
             apart = [divergences(old, new) for old, new in zip(before, after, strict=True)]
             nats = float(np.concatenate(apart).mean())
-            found.append(Sensitivity(graph=one.graph, name=one.name, nats=nats, numbers=one.numbers))
+            found.append(Sensitivity(graph=one.graph, name=one.name, role=one.role, nats=nats, numbers=one.numbers))
             if progress is not None:
                 progress(done + 1, len(alone))
     return sorted(found, key=lambda each: (-each.nats / each.numbers, each.graph, each.name))
-
-
-def tables_of(graph: Any) -> set[str]:
-    """The names of the weights of ``graph`` that are tables."""
-    return {read.name for read in reads(graph) if read.role is not Role.LINEAR}
 
 
 def _asked(artifact: Artifact, samples: Samples, said: Said | None, most: int) -> Iterator[Fed]:

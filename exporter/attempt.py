@@ -179,7 +179,7 @@ def finer(found: Sequence[Sensitivity], recipe: Recipe | StaticRecipe) -> list[d
         {
             "graph": each.graph,
             "weight": each.name,
-            "as": recipe.form(each.name, graph=each.graph) or "float32",
+            "as": recipe.form(each.name, graph=each.graph, role=each.role) or "float32",
             "divergence_nats": float(f"{each.nats:.3g}"),
         }
         for each in found

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from txopt.calibration import evaluate
 from txopt.calibration.blocks import Blocks
+from txopt.calibration.linears import Role, roles
 from txopt.calibration.quantize import put
 from txopt.calibration.recipe import Recipe
-from txopt.calibration.sensitivity import Sensitivity, alone_in_blocks, sensitivities, tables_of
+from txopt.calibration.sensitivity import Sensitivity, alone_in_blocks, sensitivities
 from txopt.exporter import weights
 from txopt.exporter.attempt import Ground, Progress, graphs_of
 from txopt.exporter.lowering import LOWERINGS
@@ -29,17 +30,24 @@ def within(ground: Ground, recipe: Recipe, report: Progress) -> tuple[Recipe, Se
     artifact = ground.artifact
     limit = recipe.size * artifact.manifest.files[weights.FILE].size
     report("quantize")
-    blocks = ground.rounder.blocks(graphs_of(artifact), recipe)
+    models = graphs_of(artifact)
+    blocks, read_as = (
+        ground.rounder.blocks(models, recipe),
+        {name: roles(model.graph) for name, model in models.items()},
+    )
     room = limit - _written(ground, recipe)
-    costs = {name: _cost(each, recipe, graph, name) for graph, mine in blocks.items() for name, each in mine.items()}
+    costs = {
+        name: _cost(each, recipe, graph, name, read_as[graph][name])
+        for graph, mine in blocks.items()
+        for name, each in mine.items()
+    }
     if not any(cost <= room for cost in costs.values()):
         return recipe, ()
     report("sensitivity")
     few = ground.calibrated.part(0, min(SAMPLES, len(ground.calibrated)))
-    tables = {name: tables_of(model.graph) for name, model in graphs_of(artifact).items()}
     found = sensitivities(
         artifact,
-        alone_in_blocks(artifact, blocks, tables),
+        alone_in_blocks(artifact, blocks, read_as),
         few,
         said=evaluate.continued(ground.baseline, few),
         most=SAMPLES,
@@ -75,9 +83,9 @@ def _written(ground: Ground, recipe: Recipe) -> int:
         return (Path(folder) / weights.FILE).stat().st_size
 
 
-def _cost(blocks: Blocks, recipe: Recipe, graph: str, name: str) -> float:
+def _cost(blocks: Blocks, recipe: Recipe, graph: str, name: str, role: Role) -> float:
     """Bytes that a finer scheme of a weight adds; infinite where that is float32, which no size is kept with."""
-    finer = replace(recipe, finer=recipe.finer | {name}).scheme_of(name, graph=graph)
+    finer = replace(recipe, finer=recipe.finer | {name}).scheme_of(name, graph=graph, role=role)
     if finer is None:
         return float("inf")
     rows, columns = blocks.codes.shape

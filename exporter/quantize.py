@@ -18,7 +18,7 @@ from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
 from txopt.calibration.kept import Kept
 from txopt.calibration.layers import in_blocks, in_channels
-from txopt.calibration.linears import LEAST_SIZE, reads
+from txopt.calibration.linears import LEAST_SIZE, reads, roles
 from txopt.calibration.recipe import Recipe, Scheme, StaticRecipe, recipe_of
 from txopt.calibration.rounder import Rounder
 from txopt.calibration.samples import Samples
@@ -28,7 +28,6 @@ from txopt.calibration.sensitivity import (
     alone_in_blocks,
     alone_static,
     sensitivities,
-    tables_of,
 )
 from txopt.calibration.weights import Method
 from txopt.exporter.attempt import Attempt, Ground, Progress, attempt, graphs_of
@@ -236,8 +235,8 @@ def _in_blocks(
         return attempt(ground, recipe, writer, report, found)
 
     def sense() -> list[Sensitivity]:
-        tables = {name: tables_of(model.graph) for name, model in models.items()}
-        alone = alone_in_blocks(artifact, rounder.blocks(models, recipe), tables)
+        read_as = {name: roles(model.graph) for name, model in models.items()}
+        alone = alone_in_blocks(artifact, rounder.blocks(models, recipe), read_as)
         return _sensitivities(ground, artifact, alone, report)
 
     def rounding(recipe: Recipe) -> Rounding:

@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 
 from txopt.calibration.bootstrap import Estimate
+from txopt.calibration.linears import Role
 from txopt.calibration.recipe import SCHEMES, Recipe, StaticRecipe
 from txopt.calibration.search import Point, attempts, chosen, front
 from txopt.calibration.sensitivity import Sensitivity
 from txopt.calibration.speed import Speed
 
-FOUND = [Sensitivity(graph="decoder", name=f"w{index}", nats=1 / (index + 1), numbers=64) for index in range(32)]
+FOUND = [
+    Sensitivity(graph="decoder", name=f"w{index}", role=Role.LINEAR, nats=1 / (index + 1), numbers=64)
+    for index in range(32)
+]
 
 
 def point(size: int, loss: float, *, passed: bool = True, speed: tuple[float, float, float] | None = None) -> Point:
@@ -42,10 +46,17 @@ def test_what_would_leave_all_in_float_is_no_attempt(recipe: Recipe | StaticReci
 
 def test_finer_is_int8_for_int4_and_float_for_the_rest() -> None:
     four, eight, static = (each.with_finer({"w0"}) for each in (Recipe.of("int4"), Recipe.of("int8"), StaticRecipe()))
-    assert four.scheme_of("w0", graph="decoder") == replace(SCHEMES["int8"], block=32)
-    assert four.form("w0", graph="decoder") == "8 bits in blocks of 32"
-    assert (eight.form("w0", graph="decoder"), static.form("w0", graph="decoder")) == (None, None)
-    assert all(each.form("w1", graph="decoder") is not None for each in (four, eight, static))
+    linear = {"graph": "decoder", "role": Role.LINEAR}
+    assert four.scheme_of("w0", **linear) == replace(SCHEMES["int8"], block=32)
+    assert four.form("w0", **linear) == "8 bits in blocks of 32"
+    assert (eight.form("w0", **linear), static.form("w0", **linear)) == (None, None)
+    assert all(each.form("w1", **linear) is not None for each in (four, eight, static))
+
+
+def test_finer_in_the_encoder_is_blocks_for_columns_and_float_for_tables() -> None:
+    mixed = Recipe.by_rows("int8", mixed=True).with_finer({"w0", "table"})
+    assert mixed.form("w0", graph="encoder", role=Role.LINEAR) == "8 bits in blocks of 64"
+    assert mixed.form("table", graph="encoder", role=Role.TABLE) is None
 
 
 CHOICES = {

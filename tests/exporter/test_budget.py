@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from txopt.calibration.linears import Role
 from txopt.calibration.recipe import SIZES, Recipe
 from txopt.calibration.sensitivity import Sensitivity
 from txopt.exporter import weights
@@ -15,7 +16,7 @@ WORDS = [("hello", "HH AH0 L OW1"), ("cat", "K AE1 T"), ("windows", "W IH1 N D O
 
 
 def found(*names: str) -> list[Sensitivity]:
-    return [Sensitivity(graph="decoder", name=name, nats=0.1, numbers=8) for name in names]
+    return [Sensitivity(graph="decoder", name=name, role=Role.LINEAR, nats=0.1, numbers=8) for name in names]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from tests.test_page import Reader
@@ -127,6 +128,20 @@ def test_an_attempt_that_cannot_be_proved_is_left_out(
     losing(monkeypatch, iter([3.0, 0.2, 0.1, 0.1]))
     _, points = searched(g2p, words, tmp_path / "out")
     assert [len(point["finer"]) for point in points] == [0, 2, 8, 16]
+
+
+def test_a_finer_weight_is_called_what_it_is_stored_as(
+    artifacts: Callable[[str], Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a table that encoder and decoder share, whose finer scheme is not that of the encoder's linear layers."""
+    losing(monkeypatch, iter([3.0, 2.0, 2.0, 2.0, 2.0, 0.1]))
+    made = quantize(artifacts("t5").path, tmp_path / "out", scheme="mixed", limit=4, max_loss=0.5)
+    models = {name: ir.load(made.file(spec.file)) for name, spec in made.manifest.graphs.items()}
+    finer = {(each["graph"], each["weight"]): each["as"] for each in made.manifest.calibration["finer"]}
+    floats = {(name, weight) for name, model in models.items() for weight in model.graph.initializers}
+    assert {weight for weight, form in finer.items() if form == "float32"} == finer.keys() & floats
+    assert set(finer.values()) == {"float32", "8 bits in blocks of 64"}
+    assert [graph for graph, weight in finer if weight == "shared.weight"] == ["encoder", "decoder"]
 
 
 # Static int8
