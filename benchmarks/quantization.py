@@ -5,7 +5,8 @@ Parts, each by itself with --parts:
     loss         points of the task's metric against fp32, with interval, token agreement, size; g2p and Whisper tiny.en
     speed        generate() of the quantized artifact against the fp32 one, in turn; T5-small's and Marian's sizes, random weights
     invariance   how far a row's logits move when it is batched with others; expected 0
-    cost         seconds and peak memory of quantizing Whisper tiny.en with five minutes of speech, against running it in fp32
+    cost         seconds and peak memory of quantizing Whisper tiny.en with five minutes of speech, against running it in fp32;
+                 of int8, static int8 and int4 by their default methods
 
 Losses, sizes and invariance do not depend on what else the machine does; speed and cost do. docs/quantization.md has the tables.
 """

@@ -19,19 +19,9 @@ from txopt.exporter.quantize import Options, quantize_artifact
 from txopt.runtime.model import Model
 
 MODELS = ("t5-small", "marian")
-SCHEMES = {"int8": ("weights", "mixed", "rows", "static"), "int4": ("weights",)}  # by precision
+# By precision; of fp8 none, for no CPU multiplies in it.
+SCHEMES = {"int8": ("weights", "mixed", "rows", "static"), "int4": ("weights",), "fp8": ()}
 BATCHES, SOURCE_LENGTH, NEW_TOKENS, REPEATS = (1, 8), 64, 64, 5
-LENGTHS = (
-    64,
-    3,
-    17,
-    1,
-    40,
-    63,
-    8,
-    29,
-)  # of the sources in a batch: one beside mates that are longer, shorter and padded
-PROMPT, STEPS = 5, 12  # tokens fed at once, then one by one
 
 
 def measure(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from txopt.benchmarks import quantization_speech
+from txopt.benchmarks import quantization_cost, quantization_speech, quantization_speed
 from txopt.benchmarks.fusion import MARKS
 from txopt.benchmarks.quantization import SPEECH, merged
 from txopt.benchmarks.quantization_invariance import moved
@@ -86,6 +86,18 @@ def test_rows_of_the_same_data_are_kept_and_others_left_out() -> None:
     assert merged(document("a", int8=1), {"loss": {"g2p": {"rows": {"int4": 2}}}}) == document("a", int8=1, int4=2)
     assert merged(document("b", int8=1), facts) == facts
     assert merged({"speed": 1}, facts) == {"speed": 1, **facts}
+
+
+def test_every_variant_has_a_name_of_its_own_and_what_it_may_lose(words: Subject) -> None:
+    names = [variant.name for variant in VARIANTS]
+    assert len(set(names)) == len(names)
+    assert {variant.scheme for variant in VARIANTS} == words.allowed.keys() == quantization_speed.SCHEMES.keys()
+    assert set(quantization_cost.COUNTED) < set(names)
+
+
+def test_every_variant_can_be_asked_for() -> None:
+    for variant in VARIANTS:
+        variant.with_data(None).check()
 
 
 @pytest.fixture(scope="module")
