@@ -136,6 +136,10 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, role: Role, codes: Format) ->
         constant(graph, f"{weight.name}/codes", ir.Tensor(stored)),
         constant(graph, f"{weight.name}/scales", ir.Tensor(channels.scales)),
     ]
+    if codes is INT8:
+        # Left out, they would mean the same; but then ONNX Runtime puts one in that all weights share, and cannot make these unsigned.
+        zeros = np.full(channels.scales.shape, codes.zero())
+        inputs.append(constant(graph, f"{weight.name}/zeros", ir.Tensor(zeros)))
     axis = 0 if table else 1
     node = ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=f"{weight.name}/dequantize")
     node.outputs[0].name = f"{weight.name}/rounded"

@@ -1,7 +1,7 @@
 """Proof of products whose activations are rounded row by row: each alone in the engine, against integers in numpy.
 
 One of the rows that are tried is at the end of its range everywhere, where sums of pairs would not fit into 16 bits (x86 without
-VNNI), and one is 0.
+VNNI: the runner has the engine take other kernels there), and one is 0.
 """
 
 import tempfile

@@ -2,8 +2,8 @@
 
 The whole graph cannot be held to much: rounding activations magnifies the last bits of float32 from layer to layer until they are as
 large as rounding itself. One product does not: its sums are of integers, and the engine's must be the same, also where activations
-saturate and where sums of pairs would not fit into 16 bits (x86 without VNNI, where ONNX Runtime has a session option for it). Of fp8
-ONNX Runtime computes the products in float32, from the codes; they are proved by the same rows.
+saturate and where sums of pairs would not fit into 16 bits (x86 without VNNI: the runner has the engine take other kernels there).
+Of fp8 ONNX Runtime computes the products in float32, from the codes; they are proved by the same rows.
 """
 
 import tempfile

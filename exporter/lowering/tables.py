@@ -13,14 +13,19 @@ from txopt.calibration.quantize import constant, remove
 
 
 def look_up(graph: ir.Graph, gather: ir.Node) -> None:
-    """Gather(DequantizeLinear(codes [V,M], scales [V]), ids), rows of it, with the Gather first."""
+    """Gather(DequantizeLinear(codes [V,M], scales [V]), ids), rows of it, with the Gather first.
+
+    Zero points [V] may be there, all of them 0.
+    """
     table, ids = gather.inputs
     dequantize = None if table is None else table.producer()
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or ids is None or len(dequantize.inputs) > 2:
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or ids is None:
         return
-    codes, scales = (_constant(value) for value in dequantize.inputs)
+    codes, scales, *zeros = (_constant(value) for value in dequantize.inputs)
     axes = [node.attributes["axis"].as_int() if "axis" in node.attributes else 0 for node in (gather, dequantize)]
     if codes is None or scales is None or codes.ndim != 2 or scales.ndim != 1 or axes != [0, 0]:
+        return
+    if any(each is None or each.any() for each in zeros):
         return
     column = constant(graph, f"{dequantize.inputs[1].name}/column", ir.Tensor(scales[:, None]))  # type: ignore[union-attr]
     rows = ir.node("Gather", [dequantize.inputs[0], ids], name=f"{gather.name}/codes")

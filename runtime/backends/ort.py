@@ -19,11 +19,20 @@ from txopt.runtime.opened import Opened
 
 MOST_THREADS = 4096  # far beyond any machine; the engine starts as many as it is told, or ends the process
 
-# Idle workers would spin on: the encoder's against the decoder's first steps, both against the caller (docs/decisions.md 13).
-CONFIGURATION = {"session.force_spinning_stop": "1"}
+CONFIGURATION = {
+    # Idle workers would spin on: the encoder's against the decoder's first steps, both against the caller (docs/decisions.md 13).
+    "session.force_spinning_stop": "1",
+    # x86 without VNNI would add pairs of products of int8 in 16 bits, which saturate; slower kernels do not. Others ignore it.
+    "session.x64quantprecision": "1",
+}
 
-# It takes a Relu away before a QuantizeLinear whose least code is 0, and takes float8 for such (1.32): negative numbers then pass.
-DISABLED = ["ReluQuantRewrite"]
+DISABLED = [
+    # Takes a Relu away before a QuantizeLinear whose least code is 0, and takes float8 for such (1.32): negative numbers then pass.
+    "ReluQuantRewrite",
+    # Makes signed codes unsigned; with the kernels above, those of weights too, with one zero point for all their scales, which no run
+    # accepts (1.32). Products of signed codes are computed in float instead; the CPU's lowering makes them unsigned itself.
+    "QDQS8ToU8Transformer",
+]
 
 Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types

@@ -183,6 +183,17 @@ def test_everything_is_int8_symmetric_and_standard() -> None:
                 assert zero.dtype == np.int8
 
 
+def test_every_weight_has_zero_points_of_its_own() -> None:
+    """Left out or shared, ONNX Runtime cannot make the codes unsigned, which it does where the processor has no VNNI."""
+    model = block()
+    place(model.graph, AMAX)
+    weights = [each for each in model.graph if each.name.endswith(".weight/dequantize")]
+    assert len({each.inputs[2] for each in weights}) == 3
+    for each in weights:
+        assert each.inputs[2].shape == each.inputs[1].shape
+        assert not each.inputs[2].const_value.numpy().any()
+
+
 def test_a_tensor_without_a_range_is_named() -> None:
     with pytest.raises(InputError, match=r"no range.*(.|\n)*normed(.|\n)*h"):
         place(block().graph, {})
