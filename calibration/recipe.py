@@ -13,7 +13,6 @@ from txopt.calibration import amax
 from txopt.calibration.blocks import BlockScheme
 from txopt.calibration.formats import FORMATS, FP8, INT8, Format
 from txopt.calibration.linears import Role
-from txopt.calibration.static import Sums
 from txopt.calibration.weights import LOOK_AT_DATA, Method
 from txopt.runtime.errors import UsageError, explain
 
@@ -125,13 +124,11 @@ class StaticRecipe:
     Attributes:
         codes: of activations and weights.
         clipping: how ranges of activations are found.
-        sums: see static.Sums.
         keep: names of weights whose products stay in float.
     """
 
     codes: Format = INT8
     clipping: amax.Method = field(default_factory=amax.MSE)
-    sums: Sums = Sums.FLOAT
     keep: frozenset[str] = frozenset()
 
     looks_at_data: ClassVar[bool] = True

@@ -5,35 +5,27 @@ in 8 bits with one scale for each output. A tensor has one pair, which all produ
 each row, which is an output of its head, and a token's. Zero points are 0: TensorRT takes no others. Products of attention stay in
 float, as do convolutions.
 
-TensorRT advises to quantize the inputs of weighted operations and not their outputs, and to quantize the residual input of a sum that
-follows one, so that the sum becomes part of the product's kernel
+TensorRT advises to quantize the inputs of weighted operations and not their outputs
 (https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html, "Q/DQ
-Layer-Placement Recommendations"). The residual stream of a Transformer is what loses most by that, so that is an option (Sums).
+Layer-Placement Recommendations"). It also advises to quantize the residual input of a sum, where the sum is rounded afterwards, as
+those of convolutional networks are: then the product's kernel writes the codes. A Transformer's sum goes to a norm, which is in float.
 
 Owns the edit of the graph. Where activations are clipped is activations.py's.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import onnx_ir as ir
 
 from txopt.calibration.channels import per_channel
 from txopt.calibration.formats import INT8, Format
-from txopt.calibration.linears import Read, Role, reads
+from txopt.calibration.linears import Role, reads
 from txopt.calibration.quantize import constant
 from txopt.runtime.errors import InputError, explain
 
 _ZERO = "static/zero"
-
-
-class Sums(StrEnum):
-    """What becomes of the other input of a sum behind a product."""
-
-    FLOAT = "float"
-    RESIDUAL = "residual"  # it is quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,27 +38,12 @@ class Placed:
     floats: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """The products to quantize, and all uses of each tensor that gets a pair."""
-
-    products: list[Read]
-    pairs: dict[ir.Value, list[tuple[ir.Node, int]]]
-
-
-def activations(graph: ir.Graph, *, keep: Collection[str] = (), sums: Sums = Sums.FLOAT) -> list[str]:
+def activations(graph: ir.Graph, *, keep: Collection[str] = ()) -> list[str]:
     """The names of the tensors that ``place`` needs a range of."""
-    return [str(value.name) for value in _plan(graph, keep, sums).pairs]
+    return [str(value.name) for value in _multiplied(graph, keep)]
 
 
-def place(
-    graph: ir.Graph,
-    amax: Mapping[str, float],
-    codes: Format = INT8,
-    *,
-    keep: Collection[str] = (),
-    sums: Sums = Sums.FLOAT,
-) -> Placed:
+def place(graph: ir.Graph, amax: Mapping[str, float], codes: Format = INT8, *, keep: Collection[str] = ()) -> Placed:
     """Puts the pairs into ``graph``, and codes in the place of weights.
 
     Args:
@@ -74,13 +51,12 @@ def place(
         amax: the largest magnitude that codes hold, by tensor.
         codes: what they are.
         keep: names of weights whose products stay in float.
-        sums: see Sums.
 
     Raises:
         InputError: a tensor has no range. SourceError: a weight is not finite.
     """
-    plan = _plan(graph, keep, sums)
-    missing = [f"{value.name}" for value in plan.pairs if value.name not in amax]
+    multiplied = _multiplied(graph, keep)
+    missing = [f"{value.name}" for value in multiplied if value.name not in amax]
     if missing:
         raise InputError(explain("these tensors have no range; calibrate again, on this graph:", missing))
     numbers = 0
@@ -89,41 +65,19 @@ def place(
         assert weight.const_value is not None, "reads() gives no others"
         numbers += weight.const_value.size
         _dequantize(graph, weight, role, codes)
-    for value, uses in plan.pairs.items():
-        _pair(graph, value, codes, amax[str(value.name)], uses)
+    for value, products in multiplied.items():
+        _pair(graph, value, codes, amax[str(value.name)], products)
     floats = sorted({read.name for read in reads(graph) if read.role is not Role.TABLE})
-    return Placed(activations=len(plan.pairs), weights=len(weights), numbers=numbers, floats=tuple(floats))
+    return Placed(activations=len(multiplied), weights=len(weights), numbers=numbers, floats=tuple(floats))
 
 
-def _plan(graph: ir.Graph, keep: Collection[str], sums: Sums) -> _Plan:
-    products = [read for read in reads(graph) if read.role is not Role.TABLE and read.name not in keep]
-    pairs: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
-    for read in products:
-        assert read.activations is not None, "products have them"
-        pairs.setdefault(read.activations, []).append((read.node, 0))
-    if sums is Sums.RESIDUAL:
-        for add, index in _residuals(products):
-            value = add.inputs[index]
-            assert value is not None, "_residuals() looked"
-            pairs.setdefault(value, []).append((add, index))
-    return _Plan(products=products, pairs=pairs)
-
-
-def _residuals(products: list[Read]) -> Iterator[tuple[ir.Node, int]]:
-    """Sums of a product, with its bias or without, and a tensor that is no constant; and which of their inputs that tensor is."""
-    for read in products:
-        value = read.node.outputs[0]
-        for _ in range(2):
-            uses = list(value.uses())
-            if len(uses) != 1 or uses[0][0].op_type != "Add":
-                break
-            add, index = uses[0]
-            other = add.inputs[1 - index]
-            if other is None or other.const_value is None:
-                if other is not None and other is not value:
-                    yield add, 1 - index
-                break
-            value = add.outputs[0]
+def _multiplied(graph: ir.Graph, keep: Collection[str]) -> dict[ir.Value, list[ir.Node]]:
+    """The tensors that get a pair, each with the products that read it."""
+    found: dict[ir.Value, list[ir.Node]] = {}
+    for read in reads(graph):
+        if read.activations is not None and read.name not in keep:
+            found.setdefault(read.activations, []).append(read.node)
+    return found
 
 
 def _dequantize(graph: ir.Graph, weight: ir.Value, role: Role, codes: Format) -> None:
@@ -149,7 +103,7 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, role: Role, codes: Format) ->
     del graph.initializers[str(weight.name)]
 
 
-def _pair(graph: ir.Graph, value: ir.Value, codes: Format, amax: float, uses: list[tuple[ir.Node, int]]) -> None:
+def _pair(graph: ir.Graph, value: ir.Value, codes: Format, amax: float, products: list[ir.Node]) -> None:
     scale = constant(graph, f"{value.name}/scale", ir.Tensor(np.array(codes.scale(amax))))
     zero = constant(graph, _ZERO, ir.Tensor(codes.zero()))
     quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{value.name}/quantize")
@@ -163,5 +117,5 @@ def _pair(graph: ir.Graph, value: ir.Value, codes: Format, amax: float, uses: li
         graph.insert_before(next(iter(graph)), [quantize, dequantize])
     else:
         graph.insert_after(producer, [quantize, dequantize])
-    for node, index in uses:
-        node.replace_input_with(index, rounded)
+    for product in products:
+        product.replace_input_with(0, rounded)

@@ -55,7 +55,7 @@ def prepared(
         StaleError: ``file`` holds ranges of something else.
     """
     artifact, samples, progress = ground.artifact, ground.calibrated, partial(report, "calibrate")
-    names = {name: static.activations(model.graph, sums=recipe.sums) for name, model in graphs_of(artifact).items()}
+    names = {name: static.activations(model.graph) for name, model in graphs_of(artifact).items()}
     key = activations.key_of(artifact, names, samples, recipe.clipping, steps, smoothed=recipe.codes is INT8)
     if file is not None and os.path.lexists(file):
         Ranges.load(file, key=key)  # what does not fit is said before anything is run
@@ -90,9 +90,7 @@ def static_attempt(
     report("quantize")
     models = graphs_of(given.artifact)
     placed = {
-        name: static.place(
-            model.graph, activations.amax_of(given.ranges, name), recipe.codes, keep=recipe.keep, sums=recipe.sums
-        )
+        name: static.place(model.graph, activations.amax_of(given.ranges, name), recipe.codes, keep=recipe.keep)
         for name, model in models.items()
     }
     report("pack")
@@ -111,7 +109,6 @@ def static_attempt(
             "method": recipe.clipping.name,
             "activations": f"static {recipe.codes.title}, one scale for each tensor",
             "weights": f"{recipe.codes.title}, one scale for each output",
-            "sums": str(recipe.sums),
             "smoothed": {name: len(mine) for name, mine in given.folded.items()},
         },
         "weights": {name: _counted(mine) for name, mine in placed.items()},

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from tests.calibration.graphs import engine, graph, linear, node, operators, reference, rows
 from tests.calibration.made import normal
 from txopt.calibration.formats import INT8
-from txopt.calibration.static import Sums, activations, place
+from txopt.calibration.static import activations, place
 from txopt.runtime.errors import InputError
 
 WIDTH = 64
@@ -128,16 +128,6 @@ def test_what_is_not_read_by_a_product_stays_as_it_was() -> None:
     assert "left.weight" not in model.graph.initializers
 
 
-def test_the_residual_input_of_a_sum_is_quantized_where_asked() -> None:
-    model = block()
-    assert activations(model.graph) == ["normed", "h"]
-    assert activations(model.graph, sums=Sums.RESIDUAL) == ["normed", "h", "x"]
-    placed = place(model.graph, AMAX, sums=Sums.RESIDUAL)
-    assert placed.activations == 3
-    assert by_name(model, "y").producer().inputs[0].name == "x/rounded"
-    assert {node.op_type for node, _ in by_name(model, "x").uses()} == {"LayerNormalization", "QuantizeLinear"}
-
-
 def test_a_product_that_is_kept_is_untouched_and_listed() -> None:
     model = block()
     placed = place(model.graph, {"normed": 4.0}, keep=["out.weight"])
@@ -174,7 +164,7 @@ def test_a_tied_table_is_stored_once() -> None:
 
 def test_everything_is_int8_symmetric_and_standard() -> None:
     for model, amax in ((block(), AMAX), (tied(), AMAX)):
-        place(model.graph, amax, sums=Sums.RESIDUAL)
+        place(model.graph, amax)
         assert {node.domain for node in model.graph} == {""}
         for each in model.graph:
             if each.op_type == "QuantizeLinear":
@@ -202,11 +192,10 @@ def test_a_tensor_without_a_range_is_named() -> None:
 # --- engines
 
 
-@pytest.mark.parametrize("sums", list(Sums))
-def test_the_engine_says_what_the_standard_says(sums: Sums) -> None:
+def test_the_engine_says_what_the_standard_says() -> None:
     model, x = block(), normal(2, 5, WIDTH, seed=9)
     exact = reference(model, x=x)[0]
-    place(model.graph, AMAX, sums=sums)
+    place(model.graph, AMAX)
     said, written = reference(model, x=x)[0], engine(model, as_written=True, x=x)[0]
     assert np.abs(written - said).max() < 1e-4  # no value lies at a boundary between two codes here
     assert np.abs(engine(model, x=x)[0] - said).max() < 1e-4
