@@ -23,6 +23,7 @@ import numpy as np
 
 from txopt.benchmarks import kernels
 from txopt.benchmarks.foreign_models import EXPORTERS, Size, build, write
+from txopt.benchmarks.machine import machine
 from txopt.benchmarks.timing import in_turn, ratio
 
 SIZE = Size(layers=3, width=512, heads=8, vocabulary=8000, positions=512)
@@ -41,7 +42,7 @@ TOLERANCE = 1e-4
 
 
 def measure(names: list[str]) -> dict[str, Any]:
-    results: dict[str, Any] = {"cost": cost()}
+    results: dict[str, Any] = {"machine": machine(), "cost": cost()}
     sys.stderr.write(f"cost: {json.dumps(results['cost'])}\n")
     for name in names:
         for exporter in EXPORTERS:

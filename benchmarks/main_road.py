@@ -7,7 +7,6 @@ weights; then size, memory, start-up times, and what Python costs in a decode st
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from txopt.benchmarks.harness import Settings, measure
+from txopt.benchmarks.machine import machine
 
 SETTINGS = Settings(batches=(1, 8), source_length=64, new_tokens=64, repeats=5)
 
@@ -144,12 +144,6 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": name, "cores": os.cpu_count(), "python": platform.python_version()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="also write the JSON there")
@@ -157,7 +151,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        result: dict[str, Any] = {"machine": _machine(), "start_up": start_up(work), "python_share": python_share(work)}
+        result: dict[str, Any] = {"machine": machine(), "start_up": start_up(work), "python_share": python_share(work)}
         result["models"] = [against_torch(name, work) for name in ("t5-small", "marian")]
     text = json.dumps(result, indent=2)
     print(text)

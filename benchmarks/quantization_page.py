@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from txopt.benchmarks.machine import described
+
 Document = dict[str, Any]
 
 
@@ -54,7 +56,8 @@ def _speed(document: Document) -> str:
     if not rows:
         return ""
     head = ("", "", "batch 1", "batch 8", "weights", "artifact")
-    return f"### How much faster than fp32\n\n{_table(head, rows)}"
+    where = f"On {described(document['machine'])}.\n\n" if "machine" in document else ""
+    return f"### How much faster than fp32\n\n{where}{_table(head, rows)}"
 
 
 def _ratios(row: Document) -> Iterable[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from txopt.benchmarks.inputs import draw
+from txopt.benchmarks.machine import machine
 from txopt.benchmarks.main_road import build
 from txopt.benchmarks.quantization_invariance import moved
 from txopt.benchmarks.quantization_loss import sizes
@@ -27,7 +28,9 @@ BATCHES, SOURCE_LENGTH, NEW_TOKENS, REPEATS = (1, 8), 64, 64, 5
 def measure(
     precisions: Sequence[str], parts: Sequence[str], work: Path, note: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """{"speed": {model: {scheme: row}}} and {"invariance": ...}, whichever of them is among ``parts``."""
+    """{"speed": {model: {scheme: row}}} and {"invariance": ...}, whichever of them is among ``parts``; "machine" with speed."""
+    if "speed" in parts:
+        yield {"machine": machine()}
     for name in MODELS:
         before = export(build(name, work / name), work / f"{name}-out")
         for precision, scheme in ((each, scheme) for each in precisions for scheme in SCHEMES[each]):
