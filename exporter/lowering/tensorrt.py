@@ -5,7 +5,7 @@
 3. The self-attention buffers get their length: TensorRT updates a cache in place only where it is known.
 4. A decoder also gives what a search reads of the last token's logits (choice.py).
 
-The rest TensorRT takes as it is: Attention on [B,L,H*D] and by head, explicit masks, norms that sum in float32 (stash_type 1), pairs of
+The rest TensorRT takes as it is: Attention on [B,L,H*D] and by head, explicit masks, norms that sum in float32, pairs of
 QuantizeLinear and DequantizeLinear, float32 islands between Casts. Where it has no kernel for Attention (float32, odd head sizes), the
 builder lets it take Attention apart; that is no edit of the graph.
 """

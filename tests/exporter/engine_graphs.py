@@ -1,4 +1,4 @@
-"""The graphs of tiny artifacts in every precision, made of the fp32 ones by the edits that exports and quantization make; and inputs."""
+"""The graphs of tiny artifacts in every precision, made of fp32 ones by the edits that exports and quantization make; and inputs."""
 
 from collections.abc import Mapping
 from typing import Any
