@@ -23,7 +23,8 @@ from txopt.runtime.engines import Profile
 from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError, explain
 
 _HARMLESS = ("has Int64 binding",)
-_WEIGHT_TYPES = ("FLOAT", "HALF", "BF16")
+_NO_KERNEL = "not supported by a dedicated kernel"
+_FLOATS = ("FLOAT", "HALF", "BF16")
 _MOST_LINES = 8
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
@@ -76,11 +77,18 @@ class Switches:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """A plan; its network's layers by kind, and how many of the casts are between float types and of more than one number."""
+    """A plan.
+
+    Attributes:
+        layers: of its network, by kind.
+        float_casts: those of its casts that are between float types and of more than one number.
+        apart: those of its attentions that have no kernel of their own, and become products and a softmax.
+    """
 
     plan: bytes
     layers: Mapping[str, int]
     float_casts: int
+    apart: int
 
 
 Progress = Callable[[int, int], None]  # (done, total) steps
@@ -131,19 +139,26 @@ class Engine:
             errors = [_told(parser.get_error(index)) for index in range(parser.num_errors)]
             raise self._refusal(file, "parse", errors or log.heard)
         layers = [network.get_layer(index) for index in range(network.num_layers)]
-        for layer in layers:
-            _take_apart(trt, layer)
+        if dropped := _dropped(network, layers):
+            raise self._refusal(file, "parse", [f"the input {name} is dropped" for name in dropped])
+        apart = _take_apart(trt, layers, [trt.DataType.FLOAT])
         config = self._config(builder)
         _add_profiles(builder, network, config, profiles)
         with _interruptible() as stopped:
             config.progress_monitor = _monitor(trt)(progress, stopped)
             kept = self._timing(config, timing)
             plan = builder.build_serialized_network(network, config)
+            if plan is None and _NO_KERNEL in "".join(log.heard) and not stopped:
+                log.heard.clear()
+                apart = _take_apart(trt, layers, [trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16])
+                plan = builder.build_serialized_network(network, config)
         if plan is None or log.heard:
             raise self._refusal(file, "build", log.heard)
         counted = Counter(layer.type.name for layer in layers)
         casts = sum(_casts_floats(trt, layer) for layer in layers)
-        built = Built(plan=bytes(memoryview(plan)), layers=dict(sorted(counted.items())), float_casts=casts)
+        built = Built(
+            plan=bytes(memoryview(plan)), layers=dict(sorted(counted.items())), float_casts=casts, apart=apart
+        )
         return built, bytes(memoryview(config.get_timing_cache().serialize())) if kept else None
 
     def _checked(self, runtime: str, capabilities: Sequence[str]) -> tuple[str, ...]:
@@ -200,8 +215,8 @@ def _advice(told: str) -> str:
     """What to try, by what the library says."""
     if "memory" in told.lower():
         return "make --max-batch, --max-source or --cache-length smaller, or build on a machine with more memory"
-    if "dedicated kernel" in told or "Attention" in told:
-        return "this attention has no kernel; fp16 and bf16 with head sizes of 64 to 256 have"
+    if "Attention" in told:
+        return "this attention has no kernel; fp16 and bf16 with head sizes up to 256 have"
     if "profile" in told.lower() or "shape" in told.lower():
         return "look at the ranges that --dry-run prints, and give others"
     return "export in another precision, or tell us with the model's name"
@@ -283,19 +298,29 @@ def _interruptible() -> Iterator[list[int]]:
             signal.raise_signal(number)
 
 
+def _dropped(network: Any, layers: Sequence[Any]) -> list[str]:
+    """Inputs that no layer reads: not every one that the parser drops comes with a warning, and the builder may crash on them."""
+    read = {
+        layer.get_input(index).name for layer in layers for index in range(layer.num_inputs) if layer.get_input(index)
+    }
+    return [name for index in range(network.num_inputs) if (name := network.get_input(index).name) not in read]
+
+
 def _typed(trt: Any) -> int:
     """TensorRT 10 takes types from the graph where it is told to; later ones always do."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
-def _take_apart(trt: Any, layer: Any) -> None:
-    """Attention in float32 has no kernel of its own: it may become products and a softmax."""
-    if layer.type != trt.LayerType.ATTENTION_OUTPUT:
-        return
-    layer.__class__ = trt.IAttentionOutputLayer
-    if layer.get_output(0).dtype == trt.DataType.FLOAT:
-        layer.attention.decomposable = True
+def _take_apart(trt: Any, layers: Sequence[Any], kinds: Sequence[Any]) -> int:
+    """Lets Attention of these types become products and a softmax, where there is no kernel for it; how many there are."""
+    found = 0
+    for layer in layers:
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT and layer.get_output(0).dtype in kinds:
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+            found += 1
+    return found
 
 
 def _casts_floats(trt: Any, layer: Any) -> bool:
@@ -303,7 +328,7 @@ def _casts_floats(trt: Any, layer: Any) -> bool:
         return False
     kinds = {layer.get_input(0).dtype.name, layer.get_output(0).dtype.name}
     varies = -1 in layer.get_output(0).shape
-    return varies and len(kinds) == 2 and kinds <= set(_WEIGHT_TYPES)
+    return varies and len(kinds) == 2 and kinds <= set(_FLOATS)
 
 
 def _add_profiles(builder: Any, network: Any, config: Any, profiles: Sequence[Profile]) -> None:

@@ -1,8 +1,8 @@
 """The road from an artifact to one with TensorRT engines, stage by stage: nothing changes at OUT unless every plan is built.
 
 Owns the order of the stages, what is written, and what a build says of itself. Graphs are lowered by lowering/tensorrt.py, sizes
-chosen by profiles.py, plans built by engine.py. An artifact's graphs, weights and cases stay as they are: plans are added to its files,
-and the manifest binds them by their hashes.
+chosen by profiles.py, plans built by engine.py. An artifact's graphs, weights and cases stay as they are: plans are added to its
+files, and the manifest binds them by their hashes.
 """
 
 import os
@@ -85,7 +85,7 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """An artifact with engines; and of each build, by graph, its layers, casts, bytes, seconds, and whether it was kept from before."""
+    """An artifact with engines; and of each build, by graph, its layers, casts, bytes and seconds, and whether it was kept before."""
 
     artifact: Artifact
     engines: EngineSet
@@ -154,6 +154,7 @@ def build(
                 builds[name] = {
                     "layers": dict(built.layers),
                     "float_casts": built.float_casts,
+                    "attention_apart": built.apart,
                     "bytes": len(built.plan),
                     "seconds": round(time.perf_counter() - started, 2),
                     "kept": found,

@@ -60,11 +60,11 @@ class PlanCache:
         if data is None:
             return None
         header, _, plan = data.partition(b"\n")
-        said = json.loads(header)
-        return Built(plan=plan, layers=said["layers"], float_casts=said["float_casts"])
+        return Built(plan=plan, **json.loads(header))
 
     def keep(self, key: str, built: Built) -> None:
-        header = json.dumps({"layers": dict(built.layers), "float_casts": built.float_casts}).encode()
+        facts = {"layers": dict(built.layers), "float_casts": built.float_casts, "apart": built.apart}
+        header = json.dumps(facts).encode()
         self._write(key, header + b"\n" + built.plan)
 
     def timing(self, library: str) -> bytes | None:

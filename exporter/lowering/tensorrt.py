@@ -1,6 +1,7 @@
 """From an artifact's graphs to those that TensorRT 10.16, 11 and TensorRT-RTX build: typed, standard operators, one cache length.
 
-1. What only ONNX Runtime runs is refused: its own operators, and codes with zero points (``check``).
+1. What TensorRT does not take is refused: ONNX Runtime's own operators, codes with zero points, and of Attention what the parser drops
+   or its builder ends the process at (``check``).
 2. Where weights lie in bfloat16 and are widened, which is all that a CPU can do with them, the graph computes in bfloat16.
 3. The self-attention buffers get their length: TensorRT updates a cache in place only where it is known.
 4. A decoder also gives what a search reads of the last token's logits (choice.py).
@@ -48,14 +49,14 @@ def lower(model: ir.Model, *, cache_length: int | None = None) -> ir.Model:
 
 
 def check(model: ir.Model) -> None:
-    """UsageError, naming nodes, where the graph holds what only ONNX Runtime runs."""
+    """UsageError, naming nodes, where the graph holds what TensorRT does not take."""
     problems = [problem for node in model.graph.all_nodes() for problem in _problems(node)]
     if problems:
         more = [f"and {len(problems) - _MOST_PROBLEMS} more such nodes"] if len(problems) > _MOST_PROBLEMS else []
         raise UsageError(
             explain(
-                "this graph was lowered for ONNX Runtime, and TensorRT does not build it; export in fp32, fp16 or bf16, or quantize "
-                "with --target tensorrt:",
+                "this graph is not for TensorRT; take an artifact that was exported in fp32, fp16 or bf16, or quantized with --target "
+                "tensorrt (others are lowered for ONNX Runtime):",
                 [*problems[:_MOST_PROBLEMS], *more],
             )
         )
@@ -64,6 +65,8 @@ def check(model: ir.Model) -> None:
 def _problems(node: ir.Node) -> Iterator[str]:
     if node.domain:
         yield f"{node.name}: {node.domain} {node.op_type} is no standard operator"
+    elif node.op_type == "Attention":
+        yield from (f"{node.name}: Attention with {what}; TensorRT does not take it" for what in _refused(node))
     elif node.op_type in _UNTYPED:
         yield f"{node.name}: {node.op_type} rounds activations as they come; TensorRT takes scales that are known"
     elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -74,6 +77,22 @@ def _problems(node: ir.Node) -> Iterator[str]:
             yield f"{node.name}: codes of {kind.name.lower()}; TensorRT takes signed ones"
         elif zero is not None and (zero.const_value is None or zero.const_value.numpy().astype("float32").any()):
             yield f"{node.name}: a zero point other than 0"
+
+
+def _refused(attention: ir.Node) -> Iterator[str]:
+    """What of a node TensorRT-RTX 1.7 drops, refuses, or ends the process at."""
+    given = {key: attribute.value for key, attribute in attention.attributes.items()}
+    inputs = [value is not None for value in (*attention.inputs, *[None] * 7)]
+    if any(inputs[4:6]) or len(attention.outputs) > 1:
+        yield "a cache of its own"
+    if inputs[6]:
+        yield "lengths of keys instead of a mask"
+    if inputs[3] and given.get("is_causal"):
+        yield "a mask and is_causal"
+    if given.get("softcap"):
+        yield "softcap"
+    if "softmax_precision" in given:
+        yield "softmax_precision"
 
 
 def widen(model: ir.Model) -> bool:

@@ -174,6 +174,10 @@ def of_engines(document: dict[str, Any]) -> str:
         layers = ", ".join(f"{build['layers'].get(kind, 0)} {kind}" for kind in _LAYERS)
         how = "kept from before" if build["kept"] else f"built in {build['seconds']:.1f} s"
         lines.append(f"  {plan['file']}: {megabytes(build['bytes'])}, {how}; of its layers {layers}")
+        if build["attention_apart"]:
+            lines.append(
+                f"    {build['attention_apart']} attentions have no kernel of their own: products and a softmax"
+            )
         lines += [f"    profile {_profile(profile)}" for profile in plan["profiles"]]
     return "\n".join(lines)
 

@@ -141,3 +141,23 @@ def test_unsigned_codes_are_refused(artifacts: Callable[[str], Artifact]) -> Non
     lower_static(model)
     with pytest.raises(UsageError, match="codes of uint8; TensorRT takes signed ones"):
         tensorrt.lower(model)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "inputs", "message"),
+    [
+        ("softcap=2.0", "q, q, q", "softcap"),
+        ("is_causal=1", "q, q, q, m", "a mask and is_causal"),
+        ("softmax_precision=1", "q, q, q", "softmax_precision"),
+        ("scale=1.0", "q, q, q, m, q, q", "a cache of its own"),
+        ("scale=1.0", 'q, q, q, m, "", "", n', "lengths of keys instead of a mask"),
+    ],
+)
+def test_what_tensorrt_drops_of_attention_is_refused(attributes: str, inputs: str, message: str) -> None:
+    model = parsed(
+        "(float[B,2,Q,8] q, bool[Q,Q] m, int64[B] n) => (float[B,2,Q,8] y) { y = Attention <"
+        + attributes
+        + f"> ({inputs}) }}"
+    )
+    with pytest.raises(UsageError, match=f"Attention with {message}; TensorRT does not take it"):
+        tensorrt.lower(model)
