@@ -59,6 +59,8 @@ RULES = {
     "benchmarks/operators.py": rule("txopt.benchmarks numpy", "onnx onnxruntime"),
     "benchmarks/caches.py": rule("txopt.benchmarks numpy onnx onnxruntime"),
     "benchmarks/quantization_loss.py": rule(f"{ANY_OF_OURS} txopt.benchmarks txopt.examples.g2p.data"),
+    "benchmarks/engine_graphs.py": rule("txopt.exporter txopt.calibration txopt.runtime numpy onnx_ir"),
+    "benchmarks/engines.py": rule(f"{ANY_OF_OURS} txopt.benchmarks onnx_ir"),
     "benchmarks/fusers.py": rule("txopt.exporter", "onnx onnx_ir onnxruntime onnxscript"),
 }
 OURS = [file for top in ("src", *RULES) for file in sorted((ROOT / top).rglob("*.py"))]

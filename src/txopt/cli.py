@@ -50,7 +50,7 @@ def export(
         typer.Argument(help="a checkpoint's directory, a hub id, package.module:factory, or a folder Optimum exported"),
     ],
     out: Annotated[Path, typer.Argument(help="the directory to make")],
-    target: Annotated[str, typer.Option(help="cpu or cuda; with --scheme static also tensorrt")] = "cpu",
+    target: Annotated[str, typer.Option(help="cpu, cuda or tensorrt; integers and fp8: see quantize")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, int4 or fp8")] = "fp32",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,

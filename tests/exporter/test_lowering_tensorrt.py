@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from tests.calibration.graphs import engine, parsed
-from tests.exporter.engine_graphs import FAMILIES, PRECISIONS, SIZES, feeds, graphs
+from tests.exporter.engine_feeds import FAMILIES, SIZES, feeds
+from txopt.benchmarks.engine_graphs import PRECISIONS, graphs
 from txopt.calibration.halves import spell_out
 from txopt.exporter.lowering import ort, tensorrt
 from txopt.exporter.lowering.choice import MOST

@@ -1,11 +1,12 @@
-"""The graphs of tiny artifacts in every precision, made of fp32 ones by the edits that exports and quantization make; and inputs."""
+"""The graphs of an artifact in every precision, made of the fp32 ones by the edits that exports and quantization make.
 
-from collections.abc import Mapping
+Nothing is calibrated or measured: for what only depends on operators, types and shapes, such as what TensorRT builds.
+"""
+
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir import external_data
 
 from txopt.calibration import static
@@ -21,9 +22,7 @@ from txopt.exporter.attempt import graphs_of
 from txopt.exporter.lowering.storage import store
 from txopt.runtime.artifact import Artifact
 
-FAMILIES = ("t5", "bart", "marian", "m2m_100", "whisper", "trocr")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
-SIZES = {"B": 2, "R": 4, "Q": 3, "S": 24, "T": 7}
 _INT4 = BlockScheme(bits=4, block=32)
 _RANGE = 8.0  # of every activation
 
@@ -75,24 +74,3 @@ _MAKERS = {
     "fp8": _static(FP8),
     "int4": _int4,
 }
-
-
-def feeds(model: ir.Model, sizes: Mapping[str, int] = SIZES) -> dict[str, NDArray[Any]]:
-    """Seeded inputs of ``model``: tokens, positions that leave room in the buffers, masks that hide something, normal numbers."""
-    random = np.random.default_rng(0)
-    given: dict[str, NDArray[Any]] = {}
-    for value in model.graph.inputs:
-        assert value.shape is not None
-        assert value.dtype is not None
-        shape = [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape]
-        name = str(value.name)
-        if name.endswith("attention_mask"):
-            given[name] = np.ones(shape, np.int64)
-            given[name][0, -2:] = 0
-        elif name == "position":
-            given[name] = random.integers(0, sizes["S"] - sizes["Q"], shape)
-        elif value.dtype == ir.DataType.INT64:
-            given[name] = random.integers(4, 96, shape)
-        else:
-            given[name] = random.standard_normal(shape).astype(value.dtype.numpy())
-    return given
