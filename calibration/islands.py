@@ -91,7 +91,7 @@ class Islands:
 def choose(model: ir.Model, seen: Magnitudes) -> Islands:
     """The islands of ``model``, whose values have types (dtypes.infer), for what was ``seen`` of it on data."""
     masks = masks_of(model.graph)
-    counted = _counted(model.graph, masks)
+    counted = counted_nodes(model.graph, masks)
     opset = model.graph.opset_imports
     reasons: dict[ir.Node, list[Reason]] = {}
     for node in model.graph:
@@ -156,7 +156,7 @@ def holds(array: np.ndarray[Any, Any]) -> bool:
     return bool(np.linalg.norm(lost) <= _ROUNDING * np.linalg.norm(numbers))
 
 
-def _counted(graph: ir.Graph, masks: set[ir.Value]) -> set[ir.Node]:
+def counted_nodes(graph: ir.Graph, masks: set[ir.Value]) -> set[ir.Node]:
     """Nodes whose floats are computed from integers and constants alone; what is looked up in a table, and masks, are not."""
     values: set[ir.Value] = set()
     found: set[ir.Node] = set()

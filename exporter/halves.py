@@ -73,12 +73,12 @@ class HalfRecipe:
 
 def check_target(precision: str, target: str) -> None:
     """UsageError where no engine here could prove an artifact in half precision for ``target``."""
-    if target not in ("cpu", "cuda"):
-        raise UsageError(f"target: expected cpu or cuda for {precision}, got {target!r}")
+    if target not in LOWERINGS:
+        raise UsageError(f"target: expected one of {', '.join(LOWERINGS)} for {precision}, got {target!r}")
     if (precision, target) == ("bf16", "cuda"):
         raise UsageError(
             "bf16 for the cuda target cannot be proved: ONNX Runtime's CPU provider, which replays the reference cases, has no "
-            "bfloat16 kernels; take fp16, or the cpu target"
+            "bfloat16 kernels; take fp16, or the cpu or tensorrt target"
         )
 
 

@@ -1,7 +1,8 @@
 """The precision that a source's weights are stored in, and the one that is computed in.
 
-Both are the one asked for, but for bfloat16 on the CPU, whose engine has no bfloat16 kernels: there the weights are rounded to
-bfloat16 and everything is computed from them in float32. Knows no model family and no graph.
+Both are the one asked for, but for bfloat16 where ONNX Runtime's CPU provider, which has no bfloat16 kernels, runs or proves the
+artifact: there the weights are rounded to bfloat16 and everything is computed from them in float32. Engines of TensorRT compute in
+bfloat16 all the same (lowering/tensorrt.py). Knows no model family and no graph.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def computed_in(precision: str, target: str) -> torch.dtype:
     """The dtype that graphs for ``target`` are traced in."""
-    return torch.float32 if (precision, target) == ("bf16", "cpu") else DTYPES[precision]
+    return torch.float32 if precision == "bf16" and target != "cuda" else DTYPES[precision]
 
 
 def islands(source: Source) -> list[str]:

@@ -42,10 +42,11 @@ RULES = {
     "calibration/metrics.py": rule(CALIBRATION, "jiwer sacrebleu"),
     "exporter": rule(EXPORTER, "PIL soundfile"),
     "exporter/report.py": rule(EXPORTER, "txopt.page"),  # which knows nothing above runtime
-    "exporter/engine.py": rule(f"{EXPORTER} tensorrt tensorrt_rtx"),
     "src/txopt/__init__.py": rule("", ANY_OF_OURS),
     "src/optimum": rule("optimum.commands", "txopt.cli"),
-    "src/txopt": rule("txopt.runtime.errors txopt.options typer rich click", f"{ANY_OF_OURS} {FRONT} numpy torch"),
+    "src/txopt": rule(
+        "txopt.runtime.errors txopt.options txopt.engine_command typer rich click", f"{ANY_OF_OURS} {FRONT} numpy torch"
+    ),
     "src/txopt/summary.py": rule("txopt.runtime"),
     "src/txopt/page": rule("txopt.runtime txopt.page txopt.summary", "jinja2"),
     "src/txopt/demonstration.py": rule("txopt.console txopt.runtime.errors", f"{ANY_OF_OURS} {FRONT} torch"),
@@ -58,6 +59,8 @@ RULES = {
     "benchmarks/operators.py": rule("txopt.benchmarks numpy", "onnx onnxruntime"),
     "benchmarks/caches.py": rule("txopt.benchmarks numpy onnx onnxruntime"),
     "benchmarks/quantization_loss.py": rule(f"{ANY_OF_OURS} txopt.benchmarks txopt.examples.g2p.data"),
+    "benchmarks/engine_graphs.py": rule("txopt.exporter txopt.calibration txopt.runtime numpy onnx_ir"),
+    "benchmarks/engines.py": rule(f"{ANY_OF_OURS} txopt.benchmarks onnx_ir"),
     "benchmarks/fusers.py": rule("txopt.exporter", "onnx onnx_ir onnxruntime onnxscript"),
 }
 OURS = [file for top in ("src", *RULES) for file in sorted((ROOT / top).rglob("*.py"))]

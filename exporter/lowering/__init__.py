@@ -6,4 +6,8 @@ import onnx_ir as ir
 
 from txopt.exporter.lowering import ort
 
-LOWERINGS: dict[str, Callable[[ir.Model, str], None]] = {"cpu": ort.lower_for_cpu, "cuda": ort.lower}
+LOWERINGS: dict[str, Callable[[ir.Model, str], None]] = {
+    "cpu": ort.lower_for_cpu,
+    "cuda": ort.lower,
+    "tensorrt": ort.lower_for_proof,  # what an engine is built from is lowered when it is built (tensorrt.py)
+}

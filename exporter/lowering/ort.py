@@ -29,6 +29,17 @@ def lower_for_cpu(model: ir.Model, precision: str) -> None:
         store(model.graph, ir.DataType.FLOAT16)
 
 
+def lower_for_proof(model: ir.Model, precision: str) -> None:
+    """What ONNX Runtime needs to run a graph that is there for another engine, and no more: it proves such artifacts.
+
+    bfloat16, for which its CPU provider has no kernels, is how constants are stored.
+    """
+    _widen_masks(model)
+    fix_names(model)
+    if precision == "bf16":
+        store(model.graph, ir.DataType.BFLOAT16)
+
+
 def _widen_masks(model: ir.Model) -> None:
     """Attention's mask may have one query row for all by the standard; ONNX Runtime wants every row there.
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from txopt import __version__
+from txopt.engine_command import engine
 from txopt.options import (
     ArtifactPath,
     Calibration,
@@ -49,7 +50,7 @@ def export(
         typer.Argument(help="a checkpoint's directory, a hub id, package.module:factory, or a folder Optimum exported"),
     ],
     out: Annotated[Path, typer.Argument(help="the directory to make")],
-    target: Annotated[str, typer.Option(help="cpu or cuda; with --scheme static also tensorrt")] = "cpu",
+    target: Annotated[str, typer.Option(help="cpu, cuda or tensorrt; integers and fp8: see quantize")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, int4 or fp8")] = "fp32",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
@@ -67,9 +68,9 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Trace, fuse and verify a model into an artifact."""
-    console = _console(quiet, verbose, as_json)
+    console = console_for(quiet, verbose, as_json)
     _without_network_noise()
-    with _needs_exporter():
+    with needs_exporter():
         from txopt.exporter import huggingface, pipeline  # noqa: F401 - it brings transformers
     with console.stages(pipeline.stages(precision, calibrated=calibration is not None)) as progress:
         artifact = pipeline.export(
@@ -119,8 +120,8 @@ def quantize(
     verbose: Verbose = False,
 ) -> None:
     """Round an fp32 artifact to integers or half precision, and measure what that costs; needs no PyTorch."""
-    console = _console(quiet, verbose, as_json)
-    with _needs_exporter():
+    console = console_for(quiet, verbose, as_json)
+    with needs_exporter():
         from txopt.exporter import quantize as road
     with console.stages(road.STAGES) as progress:
         made = road.quantize(
@@ -145,6 +146,9 @@ def quantize(
     console.result(*_with_page(of_artifact(made, shown=str(out)), report))
 
 
+app.command()(engine)
+
+
 @app.command()
 def verify(
     artifact: ArtifactPath,
@@ -156,7 +160,7 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Replay an artifact's reference cases: does it still say what PyTorch said?"""
-    console = _console(quiet, verbose, as_json)
+    console = console_for(quiet, verbose, as_json)
     from txopt.runtime.artifact import Artifact
     from txopt.runtime.parity import verify as replay
     from txopt.summary import of_parity
@@ -165,7 +169,7 @@ def verify(
         report = replay(artifact, device=device, threads=threads)
     else:
         _without_network_noise()
-        with _needs_exporter():
+        with needs_exporter():
             from txopt.exporter import huggingface  # noqa: F401 - it brings transformers
             from txopt.exporter.pipeline import record_and_replay
         report = record_and_replay(Artifact.open(artifact), against, device=device, threads=threads)
@@ -199,7 +203,7 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run an artifact on text, speech, an image, or arrays."""
-    console = _console(quiet, verbose, as_json)
+    console = console_for(quiet, verbose, as_json)
     from txopt.runtime.running import Request
     from txopt.runtime.running import run as run_request
 
@@ -244,7 +248,7 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """Show what is in an artifact or a .onnx file: sizes, operators, what was (or would be) fused, what not and why."""
-    console = _console(quiet, verbose, as_json)
+    console = console_for(quiet, verbose, as_json)
     from txopt.inspection import inspect as look
 
     console.result(*look(path, html=html, overwrite=overwrite))
@@ -264,7 +268,7 @@ def optimize(
     verbose: Verbose = False,
 ) -> None:
     """Fuse a foreign .onnx file, and prove that it still says the same."""
-    console = _console(quiet, verbose, as_json)
+    console = console_for(quiet, verbose, as_json)
     from txopt.exporter import foreign
     from txopt.summary import of_optimized
 
@@ -291,7 +295,7 @@ def bench(
     verbose: Verbose = False,
 ) -> None:
     """Measure latency, throughput, load time, memory and size; against PyTorch where asked."""
-    console = _console(quiet, verbose, as_json)
+    console = console_for(quiet, verbose, as_json)
     from txopt.benchmarks.harness import Settings, measure
 
     settings = Settings(
@@ -312,7 +316,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Export the bundled g2p model, verify it, pronounce words, compare its speed with PyTorch's."""
-    console = _console(quiet, verbose, False)
+    console = console_for(quiet, verbose, False)
     from txopt.demonstration import demonstrate
 
     demonstrate(words or ["transformer", "verified", "onomatopoeia", "txopt"], out, console)
@@ -351,7 +355,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise
 
 
-def _console(quiet: bool, verbose: bool, as_json: bool) -> Any:
+def console_for(quiet: bool, verbose: bool, as_json: bool) -> Any:
+    """The console of a command with these options; its messages go there."""
     from txopt.console import Console, set_up_logging
 
     set_up_logging(quiet=quiet, verbose=verbose)
@@ -368,7 +373,8 @@ def _print_piece(piece: str) -> None:
 
 
 @contextmanager
-def _needs_exporter() -> Iterator[None]:
+def needs_exporter() -> Iterator[None]:
+    """Raises MissingDependencyError where a package of the export extra is not installed."""
     try:
         yield
     except ModuleNotFoundError as err:

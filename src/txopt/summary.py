@@ -143,6 +143,55 @@ def of_parity(report: ParityReport) -> str:
     return "\n".join(lines)
 
 
+def of_planned(document: dict[str, Any]) -> str:
+    """What ``engines.plan`` would build, in lines."""
+    for_whom = ", ".join(document["capabilities"]) or "the GPU at hand"
+    sizes = document["sizes"]
+    lines = [
+        f"{document['artifact']}: would be built in {document['precision']} with {document['runtime']} for {for_whom}",
+        f"  at most {sizes['batch']} sources of {sizes['source']}, {sizes['beams']} beams, prompts of {sizes['prompt']}, "
+        f"{sizes['cache']} tokens in the cache",
+    ]
+    for plan in document["plans"].values():
+        lines.append(f"  {plan['file']}: {sum(plan['nodes'].values())} nodes")
+        lines += [f"    profile {_profile(profile)}" for profile in plan["profiles"]]
+        lines += [
+            f"    {kind[:-1]} {item['name']}: {item['dtype']} {_shape(item['axes'])}"
+            for kind in ("inputs", "outputs")
+            for item in plan[kind]
+        ]
+    return "\n".join(lines)
+
+
+def of_engines(document: dict[str, Any]) -> str:
+    """What ``engines.build`` made, in lines."""
+    lines = [
+        f"{document['path']}: engines in {document['precision']} of {document['runtime']} {document['version']} for "
+        + ", ".join(document["capabilities"])
+    ]
+    for name, plan in document["plans"].items():
+        build = document["builds"][name]
+        layers = ", ".join(f"{build['layers'].get(kind, 0)} {kind}" for kind in _LAYERS)
+        how = "kept from before" if build["kept"] else f"built in {build['seconds']:.1f} s"
+        lines.append(f"  {plan['file']}: {megabytes(build['bytes'])}, {how}; of its layers {layers}")
+        if build["attention_apart"]:
+            lines.append(
+                f"    {build['attention_apart']} attentions have no kernel of their own: products and a softmax"
+            )
+        lines += [f"    profile {_profile(profile)}" for profile in plan["profiles"]]
+    return "\n".join(lines)
+
+
+def _profile(profile: dict[str, Any]) -> str:
+    ranges = (
+        f"{axis} {lengths[0]}"
+        if lengths[0] == lengths[2]
+        else f"{axis} {lengths[0]} to {lengths[2]} (tuned for {lengths[1]})"
+        for axis, lengths in profile["axes"].items()
+    )
+    return f"{profile['name']}: {', '.join(ranges)}"
+
+
 def of_onnx(document: dict[str, Any]) -> str:
     """What ``foreign.inspect`` found, in lines."""
     weights = f", with {', '.join(document['external_data'])}" if document["external_data"] else ""
@@ -246,6 +295,7 @@ def _shape(shape: list[Any] | None) -> str:
 
 
 _MOST_RUNS = 40
+_LAYERS = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "NORMALIZATION", "MATRIX_MULTIPLY")
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 _HEADLINES = (
     *("Attention", "TensorScatter", "RMSNormalization", "LayerNormalization", "MatMul", "Gemm"),

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from txopt.exporter.lowering import tensorrt
 from txopt.exporter.pipeline import export
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.model import Model
@@ -110,3 +112,19 @@ def test_a_module_that_is_exported_in_half_precision_stays_as_it_was(precision: 
     export(module, tmp_path / "out", precision=precision)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert {value.dtype for value in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_an_artifact_for_tensorrt_is_neutral_and_proved_on_onnx_runtime(precision: str, tmp_path: Path) -> None:
+    """Heads are cut by the graph, not by Attention, as the trace has them; bfloat16 is stored, and engines compute in it."""
+    artifact = export("txopt.examples.g2p.model:factory", tmp_path / "out", target="tensorrt", precision=precision)
+    assert (artifact.manifest.precision, artifact.manifest.target) == (precision, "tensorrt")
+    assert verify(artifact.path).passed
+    for name, spec in artifact.manifest.graphs.items():
+        graph = ir.load(artifact.file(spec.file))
+        assert {node.domain for node in graph.graph} == {""}
+        assert not [node.name for node in graph.graph if "q_num_heads" in node.attributes]
+        lowered = tensorrt.lower(graph, cache_length=16 if name == "decoder" else None)
+        floats = {value.dtype for value in lowered.graph.inputs} - {ir.DataType.INT64}
+        wanted = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+        assert floats == ({wanted[precision]} if name == "decoder" else set())

@@ -1,0 +1,282 @@
+"""The road from an artifact to one with TensorRT engines, stage by stage: nothing changes at OUT unless every plan is built.
+
+Owns the order of the stages, what is written, and what a build says of itself. Graphs are lowered by lowering/tensorrt.py, sizes
+chosen by profiles.py, plans built by engine.py. An artifact's graphs, weights and cases stay as they are: plans are added to its
+files, and the manifest binds them by their hashes.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from txopt.exporter import weights
+from txopt.exporter.engine import LIBRARIES, Built, Engine, Switches
+from txopt.exporter.lowering import tensorrt
+from txopt.exporter.lowering.choice import choice_specs
+from txopt.exporter.plan_cache import PlanCache, key_of
+from txopt.exporter.profiles import Sizes, profiles_of
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.engines import FILE, EngineSet, Plan, Profile, engines_of, to_bytes
+from txopt.runtime.errors import ArtifactError, UsageError, explain
+from txopt.runtime.files import FOLDER
+from txopt.runtime.graphs import GraphSpec
+from txopt.runtime.manifest import Manifest
+from txopt.runtime.writer import ArtifactWriter
+
+STAGES = ("open", "lower", "build", "write")
+RUNTIME = "tensorrt-rtx"
+# TensorRT tunes kernels for one row where a profile asks for it. TensorRT-RTX makes them for the lengths at hand where a plan runs.
+TUNED = ("tensorrt",)
+_TYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+
+Report = Callable[..., None]  # (stage), and (stage, done, total) while it lasts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is built, and for whom.
+
+    Attributes:
+        runtime: the library, "tensorrt" or "tensorrt-rtx".
+        capabilities: GPUs, such as "SM89"; with "tensorrt" none: it builds for the one at hand.
+        batch, beams, source, prompt, cache: see profiles.Sizes; None: what suits the model.
+        switches: see engine.Switches.
+        kept: the directory of plans and timings that earlier builds left; None: none.
+    """
+
+    runtime: str = RUNTIME
+    capabilities: tuple[str, ...] = ()
+    batch: int | None = None
+    beams: int | None = None
+    source: int | None = None
+    prompt: int | None = None
+    cache: int | None = None
+    switches: Switches = field(default_factory=Switches)
+    kept: Path | None = None
+
+    def sizes(self, manifest: Manifest) -> Sizes:
+        """Raises UsageError where one is not the model's."""
+        asked = ("batch", "beams", "source", "prompt", "cache")
+        return Sizes.of(manifest, **{name: getattr(self, name) for name in asked})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One plan before it is built: what the engine will take and give, and the nodes of its lowered graph by operator."""
+
+    plan: Plan
+    model: ir.Model
+    nodes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """An artifact with engines; and of each build, by graph, its layers, casts, bytes and seconds, and whether it was kept before."""
+
+    artifact: Artifact
+    engines: EngineSet
+    builds: Mapping[str, Mapping[str, Any]]
+
+
+def plan(artifact: str | os.PathLike[str], options: Options) -> dict[str, Any]:
+    """What ``build`` would build, as a JSON document; nothing is built, and no library is needed.
+
+    Raises:
+        ArtifactError, UsageError: as ``build``.
+    """
+    if options.runtime not in LIBRARIES:
+        raise UsageError(f"runtime: expected one of {', '.join(LIBRARIES)}, got {options.runtime!r}")
+    opened = Artifact.open(artifact)
+    sizes = options.sizes(opened.manifest)
+    drafts = _drafts(opened, sizes, options)
+    return {
+        "artifact": str(artifact),
+        "runtime": options.runtime,
+        "capabilities": list(options.capabilities),
+        "precision": opened.manifest.precision,
+        "sizes": sizes.to_json(),
+        "options": asdict(options.switches),
+        "plans": {name: {**draft.plan.to_json(), "nodes": dict(draft.nodes)} for name, draft in drafts.items()},
+    }
+
+
+def build(
+    artifact: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Report | None = None,
+) -> Made:
+    """Builds the engines of ``options`` and adds them to the artifact, or to a copy of it at ``out``.
+
+    Engines for the same library and GPUs are replaced; others stay. No GPU and no driver are needed with "tensorrt-rtx".
+
+    Args:
+        out: None: the artifact itself is replaced, by renaming, once everything is built.
+        overwrite: replace an artifact that is at ``out``.
+        progress: called with the name of each of STAGES as it begins, and with (stage, done, total) while plans are built.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or ``out`` may not be written.
+        UsageError: an option is wrong, or the library does not take a graph. MissingDependencyError: the library is not there.
+    """
+    options, report = options or Options(), progress or (lambda *_: None)
+    report("open")
+    engine = Engine(options.runtime, options.capabilities, options.switches)
+    opened = Artifact.open(artifact)
+    sizes = options.sizes(opened.manifest)
+    with ArtifactWriter(opened.path if out is None else out, overwrite=overwrite or out is None) as writer:
+        report("lower")
+        drafts = _drafts(opened, sizes, replace(options, capabilities=engine.capabilities))
+        with tempfile.TemporaryDirectory(prefix="txopt-") as folder, PlanCache.opened(options.kept) as kept:
+            builds: dict[str, Mapping[str, Any]] = {}
+            (writer.directory / FOLDER).mkdir()
+            for name, draft in drafts.items():
+                report("build")
+                started = time.perf_counter()
+                built, found = _built(name, draft, engine, options, kept, Path(folder), report)
+                (writer.directory / draft.plan.file).write_bytes(built.plan)
+                builds[name] = {
+                    "layers": dict(built.layers),
+                    "float_casts": built.float_casts,
+                    "attention_apart": built.apart,
+                    "bytes": len(built.plan),
+                    "seconds": round(time.perf_counter() - started, 2),
+                    "kept": found,
+                }
+        report("write")
+        made = EngineSet(
+            runtime=options.runtime,
+            version=engine.version,
+            any_version=options.switches.any_version,
+            capabilities=engine.capabilities,
+            any_hardware=options.switches.any_hardware,
+            precision=opened.manifest.precision,
+            cache_length=None if opened.manifest.cache is None else sizes.cache,
+            plans={name: draft.plan for name, draft in drafts.items()},
+        )
+        others = tuple(one for one in engines_of(opened) if _key(one) != _key(made))
+        _bring(opened, writer, others, linked=out is None)
+        (writer.directory / FILE).write_bytes(to_bytes((*others, made)))
+        _check_unchanged(opened, writer)
+        committed = writer.commit(replace(opened.manifest, files={}))
+    return Made(artifact=committed, engines=made, builds=builds)
+
+
+def _drafts(artifact: Artifact, sizes: Sizes, options: Options) -> dict[str, Draft]:
+    manifest, drafts = artifact.manifest, dict[str, Draft]()
+    for name, graph in manifest.graphs.items():
+        length = sizes.cache if name == "decoder" else None
+        model = tensorrt.lower(ir.load(artifact.file(graph.file)), cache_length=length)
+        spec = _lowered(graph, model, length)
+        profiles = profiles_of(graph, sizes, manifest, alone=options.runtime in TUNED)
+        file = f"{FOLDER}/{'-'.join((options.runtime, *options.capabilities, name))}.plan"
+        counted = {
+            operator: sum(node.op_type == operator for node in model.graph)
+            for operator in sorted({node.op_type for node in model.graph})
+        }
+        drafts[name] = Draft(
+            plan=Plan(file=file, inputs=spec.inputs, outputs=spec.outputs, profiles=profiles),
+            model=model,
+            nodes=counted,
+        )
+    return drafts
+
+
+def _lowered(graph: GraphSpec, model: ir.Model, length: int | None) -> GraphSpec:
+    """What the manifest says of ``graph``, as its lowered ``model`` has it."""
+    types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
+    logits = [item for item in graph.outputs if item.name == "logits" and length is not None]
+    added = choice_specs(logits[0]) if logits else ()
+    inputs, outputs = (
+        tuple(
+            replace(
+                item,
+                dtype=_TYPES[types[item.name]],  # type: ignore[index]
+                axes=tuple(length if axis == "S" and length is not None else axis for axis in item.axes),
+            )
+            for item in items
+        )
+        for items in (graph.inputs, (*graph.outputs, *added))
+    )
+    return GraphSpec(file=graph.file, inputs=inputs, outputs=outputs)
+
+
+def _built(
+    name: str, draft: Draft, engine: Engine, options: Options, kept: PlanCache, folder: Path, report: Report
+) -> tuple[Built, bool]:
+    """The plan of ``draft``, and whether it was kept from before."""
+    written = folder / name
+    written.mkdir()
+    weights.write({name: draft.model}, written)
+    library = "-".join((options.runtime, engine.version, *engine.capabilities))
+    facts = {"library": library, "options": asdict(options.switches), "profiles": _axes(draft.plan.profiles)}
+    files = {file.name: file for file in written.iterdir()}
+    key = key_of(files, facts) if kept.directory is not None else ""
+    found = kept.find(key)
+    if found is None:
+        built, timing = engine.build(
+            written / f"{name}.onnx",
+            draft.plan.profiles,
+            lambda done, total: report("build", done, total),
+            timing=kept.timing(library),
+        )
+        kept.keep(key, built)
+        kept.keep_timing(library, timing)
+    else:
+        built = found
+    shutil.rmtree(written)
+    return built, found is not None
+
+
+def _axes(profiles: Sequence[Profile]) -> list[dict[str, list[int]]]:
+    return [{axis: list(lengths) for axis, lengths in profile.axes.items()} for profile in profiles]
+
+
+def _key(one: EngineSet) -> tuple[str, tuple[str, ...]]:
+    return one.runtime, tuple(sorted(one.capabilities))
+
+
+def _bring(artifact: Artifact, writer: ArtifactWriter, others: Sequence[EngineSet], *, linked: bool) -> None:
+    """Everything of the artifact but the engines that go, linked where its own directory goes too."""
+    kept = {plan.file for one in others for plan in one.plans.values()}
+    for name in artifact.manifest.files:
+        if name == FILE or (name.startswith(f"{FOLDER}/") and name not in kept):
+            continue
+        target = writer.directory / name
+        if linked:
+            with suppress(OSError):  # no links here, or no more of them
+                os.link(artifact.file(name), target, follow_symlinks=False)
+        if not target.exists():
+            shutil.copyfile(artifact.file(name), target, follow_symlinks=False)
+
+
+def _check_unchanged(artifact: Artifact, writer: ArtifactWriter) -> None:
+    """That nobody changed the artifact's files while engines were built, for the manifest to be written would vouch for them."""
+    staged = writer.staged(replace(artifact.manifest, files={})).manifest.files
+    changed = [
+        name
+        for name, entry in artifact.manifest.files.items()
+        if name in staged and name != FILE and not name.startswith(f"{FOLDER}/") and staged[name] != entry
+    ]
+    if changed:
+        raise ArtifactError(
+            explain(
+                f"{artifact.path}: these files were changed while engines were built; nothing was written:", changed
+            )
+        )

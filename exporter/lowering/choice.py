@@ -1,0 +1,62 @@
+"""What a search reads of a decoder's logits, computed where the logits are: a few numbers a row leave the device, not V of them.
+
+Of the last new token of every row, out of logits float32 [R,Q,V]:
+
+    next        int64 [R]      the likeliest token, all that greedy search needs
+    top_values  float32 [R,K]  the K largest logits, falling; K is MOST, or V where that is smaller
+    top_ids     int64 [R,K]    their tokens; of equal logits any may come first
+    log_sum     float32 [R]    log sum exp of all V logits: top_values - log_sum are log-probabilities
+
+The logits stay an output. Whoever needs another place than the last (rows of a prefill that end earlier), or processes logits,
+reads those.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from txopt.calibration.quantize import constant
+from txopt.exporter.graph import integers
+from txopt.runtime.graphs import TensorSpec
+
+LOGITS = "logits"
+# Covers 2 * beams of every width in use and top_k's default of 50; TensorRT takes up to 3840.
+MOST = 128
+
+
+def choice_specs(logits: TensorSpec) -> tuple[TensorSpec, ...]:
+    """The outputs that ``add_choice`` adds to a decoder that gives ``logits``."""
+    vocabulary = logits.axes[-1]
+    assert isinstance(vocabulary, int), "a manifest's logits have a known vocabulary"
+    most = min(MOST, vocabulary)
+    return (
+        TensorSpec(name="next", dtype="int64", axes=("R",)),
+        TensorSpec(name="top_values", dtype="float32", axes=("R", most)),
+        TensorSpec(name="top_ids", dtype="int64", axes=("R", most)),
+        TensorSpec(name="log_sum", dtype="float32", axes=("R",)),
+    )
+
+
+def add_choice(model: ir.Model) -> None:
+    """Changes ``model``, a decoder, in place; its other outputs stay as they are."""
+    graph = model.graph
+    logits = next(value for value in graph.outputs if value.name == LOGITS)
+    assert logits.shape is not None, "an artifact's outputs have shapes"
+    rows, vocabulary = logits.shape[0], logits.shape[2]
+    assert isinstance(vocabulary, int), "an artifact's logits have a known vocabulary"
+    most = min(MOST, vocabulary)
+    place = constant(graph, "choice/last", ir.Tensor(np.array(-1, np.int64)))
+    last = ir.node("Gather", [logits, place], attributes={"axis": 1}, name="choice/last_token")
+    found = last.outputs[0]
+    found.name, found.shape, found.type = "choice/logits", ir.Shape([rows, vocabulary]), logits.type
+    first = ir.node("ArgMax", [found], attributes={"axis": 1, "keepdims": 0}, name="choice/next")
+    top = ir.node("TopK", [found, integers(graph, [most])], attributes={"axis": 1}, num_outputs=2, name="choice/top")
+    total = ir.node("ReduceLogSumExp", [found, integers(graph, [1])], attributes={"keepdims": 0}, name="choice/log_sum")
+    graph.extend([last, first, top, total])
+    for value, name, shape, dtype in (
+        (first.outputs[0], "next", [rows], ir.DataType.INT64),
+        (top.outputs[0], "top_values", [rows, most], ir.DataType.FLOAT),
+        (top.outputs[1], "top_ids", [rows, most], ir.DataType.INT64),
+        (total.outputs[0], "log_sum", [rows], ir.DataType.FLOAT),
+    ):
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        graph.outputs.append(value)

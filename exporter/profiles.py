@@ -1,0 +1,106 @@
+"""How long the inputs of engines may be: ranges by letter, from what a user says and a manifest knows, and the profiles of each plan.
+
+A plan is tuned for its profiles, so a decoder has several: decode steps of one token, and the prefill of a prompt. Knows no library.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from txopt.runtime.engines import Lengths, Profile
+from txopt.runtime.errors import UsageError, explain
+from txopt.runtime.graphs import SOURCE_AXES, GraphSpec
+from txopt.runtime.manifest import Manifest
+
+BATCH, BEAMS, SOURCE, PROMPT, CACHE = 8, 4, 512, 64, 512
+USUAL_SOURCE = 64  # tokens of a text, what profiles are tuned for where sources vary
+SECONDS = 30  # of sound, where a manifest sets no bound; at 16 kHz
+_RATE = 16000
+MOST = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The most that engines take.
+
+    Attributes:
+        batch: sources. beams: rows of a source.
+        source: tokens or frames of a source. prompt: tokens of a prompt in one call.
+        cache: places in the self-attention buffers, which is also the most tokens that are generated, with the prompt.
+    """
+
+    batch: int
+    beams: int
+    source: int
+    prompt: int
+    cache: int
+
+    @classmethod
+    def of(cls, manifest: Manifest, **asked: int | None) -> Self:
+        """``asked``, and what suits the model where nothing was asked (None).
+
+        Raises:
+            UsageError: a size is no count, or more than the model has places for.
+        """
+        most_source, most_cache = _most_source(manifest), None if manifest.cache is None else manifest.cache.max_length
+        cache = asked.get("cache") or min(most_cache or CACHE, CACHE)
+        usual = {
+            "batch": BATCH,
+            "beams": max(BEAMS, _count(manifest.generation.get("num_beams"))),
+            "source": most_source or _count(manifest.frontend.get("max_source_length")) or SOURCE,
+            "prompt": min(PROMPT, cache),
+            "cache": cache,
+        }
+        sizes = {name: asked.get(name) if asked.get(name) is not None else size for name, size in usual.items()}
+        bounds = {"source": most_source, "cache": most_cache, "prompt": sizes["cache"]}
+        problems = [
+            f"{name}: expected an integer from 1 to {bounds.get(name) or MOST}, got {size!r}"
+            for name, size in sizes.items()
+            if type(size) is not int or not 1 <= size <= (bounds.get(name) or MOST)
+        ]
+        if problems:
+            raise UsageError(explain("these sizes are not the model's:", problems))
+        return cls(**sizes)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def profiles_of(graph: GraphSpec, sizes: Sizes, manifest: Manifest, *, alone: bool) -> tuple[Profile, ...]:
+    """The profiles of one graph's plan; those of a decoder are for steps and for prefill.
+
+    Args:
+        alone: whether one source with one row has a step profile of its own, tuned for it.
+    """
+    letters = {axis for item in (*graph.inputs, *graph.outputs) for axis in item.axes if isinstance(axis, str)} - {"S"}
+    ranges: dict[str, Lengths] = {
+        "B": (1, sizes.batch, sizes.batch),
+        "R": (1, sizes.batch * sizes.beams, sizes.batch * sizes.beams),
+        "N": _samples(manifest),
+        **dict.fromkeys(SOURCE_AXES, (1, min(USUAL_SOURCE, sizes.source), sizes.source)),
+    }
+    one: Lengths = (1, 1, 1)
+    prompt: Lengths = (1, max(1, sizes.prompt // 2), sizes.prompt)
+    if "Q" not in letters:
+        named: dict[str, Mapping[str, Lengths]] = {"encode": ranges}
+    else:
+        named = {"step": {**ranges, "Q": one}, "prefill": {**ranges, "Q": prompt}}
+        if alone:
+            named = {"single": {**ranges, "Q": one, "B": one, "R": one}, **named}
+    return tuple(
+        Profile(name=name, axes={letter: axes[letter] for letter in sorted(letters)}) for name, axes in named.items()
+    )
+
+
+def _samples(manifest: Manifest) -> Lengths:
+    least = _count(manifest.frontend.get("least_samples")) or 1
+    most = _count(manifest.frontend.get("most_samples")) or SECONDS * _RATE
+    return least, max(least, most // 2), most
+
+
+def _most_source(manifest: Manifest) -> int | None:
+    return _count(manifest.frontend.get("source_positions")) or None
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
