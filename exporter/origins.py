@@ -2,9 +2,9 @@
 
 A length that has the name of an input's axis is that input's, of the first that has it; who reads a file sees to it that equal
 names are equal lengths. Without a name it is followed through operators that keep it: elementwise ones, norms, products of
-matrices, Transpose, Reshape by known lengths, Split, Concat and Slice along other axes, lookups. Source: the shape inference of each
-operator, ONNX opset 24. Where two operands may broadcast, a length is followed only if both have the same, or one is known not to
-have it.
+matrices, Transpose, Squeeze, Unsqueeze, Reshape by known lengths, Split, Concat and Slice along other axes, lookups. Source: the
+shape inference of each operator, ONNX opset 24. Where two operands may broadcast, a length is followed only if both have the same, or
+one is known not to have it.
 """
 
 from math import prod
@@ -67,6 +67,8 @@ class Origins:
             return x, order[axis]
         if node.op_type == "Reshape":
             return self._of_reshape(node, axis)
+        if node.op_type in ("Squeeze", "Unsqueeze"):
+            return _beside_ones(node, x, axis, rank)
         if node.op_type == "Attention" and rank == 4:
             source = node.inputs[2] if axis == 3 else x
             return None if source is None else (source, axis)
@@ -116,18 +118,32 @@ class Origins:
         if not is_open(part) or rank is None:
             return part
         others = [(x, place) if other == 0 else other for place, other in enumerate(parts) if place != axis]
-        lengths = [factor for place in range(rank) for factor in self._factors(self.of((x, place)))]
-        return _left(lengths, [factor for other in others for factor in self._factors(self.of(other))])
+        lengths = [factor for place in range(rank) for factor in self.factors(self.of((x, place)))]
+        return _left(lengths, [factor for other in others for factor in self.factors(self.of(other))])
 
-    def _factors(self, found: Length) -> list[Length]:
+    def factors(self, found: Length) -> list[Length]:
         """``found`` as a product, as far as it was computed as one."""
         node = found.producer() if isinstance(found, ir.Value) else None
         while node is not None and node.op_type in _ONE_NUMBER and node.inputs[0] is not None:
             node = node.inputs[0].producer()
+        if node is not None and node.op_type == "ReduceProd" and len(node.inputs) == 1:
+            several = lengths_of(node.inputs[0])
+            return [found] if several is None else [factor for one in several for factor in self.factors(self.of(one))]
         sides = [lengths_of(side) for side in node.inputs] if node is not None and node.op_type == "Mul" else []
         if not sides or any(side is None or len(side) != 1 for side in sides):
             return [found]
-        return [factor for side in sides for one in side or () for factor in self._factors(self.of(one))]
+        return [factor for side in sides for one in side or () for factor in self.factors(self.of(one))]
+
+
+def _beside_ones(node: ir.Node, x: ir.Value, axis: int, rank: int) -> Length | None:
+    """The length before a Squeeze or an Unsqueeze, which gives ``rank`` axes; those that it adds are 1."""
+    axes, before = lengths_of(node.inputs[1]) if len(node.inputs) > 1 else None, rank_of(x)
+    if axes is None or before is None or not all(isinstance(one, int) for one in axes):
+        return None
+    changed = {int(one) % max(before, rank) for one in axes if isinstance(one, int)}
+    if node.op_type == "Squeeze":
+        return x, [place for place in range(before) if place not in changed][axis]
+    return 1 if axis in changed else (x, axis - sum(one < axis for one in changed))
 
 
 def _left(lengths: list[Length], taken: list[Length]) -> Length | None:

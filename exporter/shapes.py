@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from txopt.exporter.algebra import scalar
 
-_SHAPE_ARITHMETIC = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Identity", "Gather", "Slice")
+_SHAPE_ARITHMETIC = ("Shape", "Concat", "Squeeze", "Unsqueeze", "Identity", "Cast", "Gather", "Slice")
 _MOST_AXES = 64
 Length = int | tuple[ir.Value, int] | ir.Value  # a number, the length of a value's axis, or whatever a value holds
 
@@ -74,10 +74,14 @@ def lengths_of(shape: ir.Value | None) -> tuple[Length, ...] | None:
     if node.op_type == "Concat":
         single = [_alone(value) if part is None else part for value, part in zip(node.inputs, parts, strict=True)]
         return None if None in single else tuple(one for part in single for one in part or ())
-    if node.op_type in ("Squeeze", "Unsqueeze", "Identity") and parts[0] is not None and len(parts[0]) == 1:
+    if node.op_type in ("Identity", "Cast"):
         return parts[0]
-    if node.op_type == "Gather" and parts[0] is not None and (index := scalar(node.inputs[1])) is not None:
-        return parts[0][int(index) :][:1]
+    if node.op_type in ("Squeeze", "Unsqueeze") and parts[0] is not None and len(parts[0]) == 1:
+        return parts[0]
+    if node.op_type == "Gather" and parts[0] is not None and node.inputs[1] is not None:
+        chosen = None if node.inputs[1].const_value is None else _numbers(node.inputs[1].const_value)
+        inside = chosen is not None and all(-len(parts[0]) <= index < len(parts[0]) for index in chosen)
+        return tuple(parts[0][index] for index in chosen or ()) if inside else None
     if node.op_type == "Slice" and parts[0] is not None and len(node.inputs) < 5:
         first, last = scalar(node.inputs[1]), scalar(node.inputs[2])
         return None if first is None or last is None else parts[0][int(first) : int(last)]

@@ -6,11 +6,13 @@ import onnx_ir as ir
 
 from txopt.exporter.fusion import (
     attention,
+    choices,
     einsum,
     gelu,
     layer_norm,
     lengths,
     log_softmax,
+    matrices,
     qkv,
     ranking,
     reductions,
@@ -43,7 +45,9 @@ FOREIGN: tuple[Fusion, ...] = (
     log_softmax.fuse,
     softmax.fuse,  # after logarithms, whose sums of exponentials look the same; before what looks for the operator
     ranking.fuse,  # after logarithms, which may be ranked too
+    choices.fuse,  # before attention, which looks for Where; before lengths, as a mask may be in the shape of scores
     einsum.fuse,  # before attention, which looks for MatMul
+    matrices.fuse,  # before attention, which looks for batches and heads as axes; before lengths, which follows them then
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
     attention.fuse,  # before those that look for the operator
     reshape.fuse,

@@ -9,8 +9,8 @@ Found from its Softmax, by meaning rather than by one spelling:
     K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew
     scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
     mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
-    around   Cast between floats, Identity, Dropout out of training, torch's guards for rows that mask everything; Transpose, undone
-             before V, with nothing but scales and the Softmax along the keys in between
+    around   Cast between floats, Identity, Dropout out of training, torch's and Keras' guards for rows that mask everything;
+             Transpose, undone before V, with nothing but scales and the Softmax along the keys in between
 
 Source: ONNX operators Attention (opset 23 and 24) and Softmax (opset 13). The model must be at opset 24 and its constants folded
 into initializers; a scale may also be computed from a known length. A fill of -inf or the dtype's least number becomes a boolean
@@ -25,7 +25,7 @@ MatMul of two computed values before it, or without one after it, is no attentio
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -41,6 +41,7 @@ from txopt.exporter.fusion.attention_path import (
     least,
     shapes_of_fills,
     untransposed,
+    zeroes,
 )
 from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
@@ -141,6 +142,14 @@ class _Chain:
             raise _Refusal(f"{reshape.name} has a shape that may copy lengths")
         self.rank, self.heads = (4, shape) if cuts else (3, self.heads)
 
+    def zero(self, where: ir.Node) -> None:
+        """A mask that leaves zeros where a row masks everything: as with -inf, whatever it fills with."""
+        if where.inputs[0] not in [term.value for term in self.terms if term.fill is not None and term.keeps]:
+            raise _Refusal(f"{where.name} changes the probabilities by another mask than the scores'")
+        self.terms = [
+            replace(term, fill=-math.inf, whole=True) if term.value is where.inputs[0] else term for term in self.terms
+        ]
+
     def _scale_by(self, node: ir.Node, index: int) -> None:
         factor = number_of(_input(node, 1 - index))
         if not factor or (node.op_type == "Div" and index == 1):
@@ -209,6 +218,9 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
         if step.node is not above[0].node:
             chain.take(step.node, step.index)
         _check_alone(step.node, reader, beside)
+    if below[0].index == 1 and zeroes(below[0].node):
+        chain.zero(below[0].node)
+        guard.add(below[0].node)
     axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
     if not chain.is_of_keys(axis):
         raise _Refusal(f"its axis is {axis}, not that of the keys")

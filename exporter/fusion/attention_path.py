@@ -86,6 +86,11 @@ def guards(softmax: ir.Node) -> set[ir.Node]:
     return set()
 
 
+def zeroes(where: ir.Node) -> bool:
+    """Whether ``where`` is Keras' zeros for rows that mask everything, Where(mask, p, 0); attention.py judges the mask."""
+    return where.op_type == "Where" and fill_of(where.inputs[2]) == 0
+
+
 def _all_masked(node: ir.Node, scores: ir.Value | None) -> ir.Node | None:
     """The node that compares ``scores`` with -inf, if ``node`` says for which rows that holds at every key."""
     node, negated = _without_not(node)

@@ -4,7 +4,8 @@
       -> d / root -> [Cast] -> Mul(weight) -> [Add(bias)]
 
 The division may be a product with Reciprocal, 1 / root or Pow(-0.5), the three factors may stand in any order, and TensorFlow's
-x s + (bias - mean s) with s = weight / root is the same. Means are over the last axes, one or several.
+x s + (bias - mean s) with s = weight / root is the same, also as Keras has it, x s + ((-mean) s + bias). Weights may have ones before
+the axes of the mean, which are over the last ones, one or several.
 Source: ONNX operator LayerNormalization (opset 17), whose ``stash_type=1`` computes statistics in fp32 whatever surrounds it.
 Refused, with the node's name: another exponent, a variance over n - 1 (torch's ``unbiased=True``) or otherwise scaled, other axes or
 axes that are dropped, an epsilon, weight or bias that is no constant, no weight at all, float64, and results inside that something
@@ -29,6 +30,7 @@ from txopt.exporter.fusion.norm_path import (
     read_elsewhere,
     scaled,
     shape_problem,
+    without_ones,
 )
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
@@ -105,7 +107,8 @@ def _match(variance: ir.Node) -> _Norm | str | None:
     if isinstance(end, str):
         return end
     x, weight, bias, last = end
-    problem = shape_problem(x, axis, weight, bias) or _dtype_problem(x, weight, bias) or more_axes(x, *shifted.inputs)
+    problem = shape_problem(x, axis, weight, bias) or _dtype_problem(x, weight, bias)
+    problem = problem or more_axes(x, weight, bias, *shifted.inputs)
     problem = problem or read_elsewhere(last, found.x, weight)
     return problem or _Norm(x, weight, bias, epsilon, axis, last)
 
@@ -169,20 +172,30 @@ def _end(shifted: ir.Node, found: _Statistics) -> _End | str:
     return x, normal.weight, *_bias(normal.last)
 
 
-def _distributed(inverse: ir.Node, found: _Statistics) -> _End | None:
-    """x s + (bias - mean s), s = inverse * weight."""
+def _distributed(inverse: ir.Node, found: _Statistics) -> _End | str | None:
+    """x s + (bias - mean s), s = inverse * weight; the mean may be negated before it is scaled, and the bias missing then.
+
+    Where x itself is scaled and this is not what is added, what is wrong; None where x is not scaled.
+    """
     scale = only_user(inverse.outputs[0], "Mul")
     weight = next(filter(_is_weight, scale.inputs), None) if scale is not None else None
-    if scale is None or weight is None:
-        return None
-    users = [user for user, _ in scale.outputs[0].uses() if user.op_type == "Mul"]
+    users = [user for user, _ in scale.outputs[0].uses() if user.op_type == "Mul"] if scale is not None else []
     by_x = next((user for user in users if found.x in user.inputs), None)
-    by_mean = next((user for user in users if found.mean.outputs[0] in user.inputs), None)
-    rest = only_user(by_mean.outputs[0], "Sub") if by_mean is not None else None
-    last = only_user(by_x.outputs[0], "Add") if by_x is not None else None
-    if rest is None or last is None or rest.outputs[0] not in last.inputs:
+    if weight is None or by_x is None:
         return None
-    return (found.x, weight, rest.inputs[0], last) if _is_weight(rest.inputs[0]) else None
+    rest, bias = None, None
+    for scaled_mean in [user for user in users if user is not by_x]:
+        (mean,) = [value for value in scaled_mean.inputs if value is not scale.outputs[0]] or [None]
+        negated = mean.producer() if mean is not None else None
+        subtracted = only_user(scaled_mean.outputs[0], "Sub")
+        if mean is found.mean.outputs[0] and subtracted is not None and _is_weight(subtracted.inputs[0]):
+            rest, bias = subtracted, subtracted.inputs[0]
+        elif negated is not None and negated.op_type == "Neg" and negated.inputs[0] is found.mean.outputs[0]:
+            bias, rest = _bias(scaled_mean)
+    last = only_user(by_x.outputs[0], "Add")
+    if rest is None or last is None or rest.outputs[0] not in last.inputs:
+        return "x is scaled, but bias - mean, scaled alike, is not what is added to it"
+    return found.x, weight, bias, last
 
 
 def _bias(weighted: ir.Node) -> tuple[ir.Value | None, ir.Node]:
@@ -208,6 +221,7 @@ def _dtype_problem(x: ir.Value, *weights: ir.Value | None) -> str | None:
 def _rewrite(norm: _Norm) -> None:
     scope = norm.last.name.rpartition("/")[0] if norm.last.name else ""
     attributes = {"axis": norm.axis, "epsilon": norm.epsilon, "stash_type": 1}
-    inputs = [norm.x, norm.weight, *([norm.bias] if norm.bias is not None else [])]
+    weights = [norm.weight, *([norm.bias] if norm.bias is not None else [])]
+    inputs = [norm.x, *(without_ones(weight, -norm.axis) for weight in weights)]
     name = f"{scope}/LayerNormalization" if scope else "LayerNormalization"
     replace(norm.last, ir.node("LayerNormalization", inputs, attributes=attributes, name=name))

@@ -2,10 +2,12 @@
 
     Shape(Mul(MatMul(x, weight), scale)) -> Gather(1)   becomes   Shape<start=1,end=2>(x)
 
+    Cast<int64>(Concat(Gather(Cast<int32>(Shape(x)), 0), 8))   becomes   Concat(Shape<start=0,end=1>(x), 8)
+
 torch's old exporter asks every intermediate for its shape: Q, K and V are then cut by three shapes that nothing shows to be one, and
-scores are read by more than their Softmax. origins.py follows lengths back. Nothing is refused: a length that cannot be followed
-stays where it is read, and so does one that would be read inside of a written-out attention, where a mask of unknown lengths hides
-those of Q: attention may not be read inside, and what comes out of it has the same length.
+scores are read by more than their Softmax. TensorFlow computes shapes in int32. origins.py follows lengths back. Nothing is refused:
+a length that cannot be followed stays where it is read, and so does one that would be read inside of a written-out attention, where
+a mask of unknown lengths hides those of Q: attention may not be read inside, and what comes out of it has the same length.
 """
 
 from collections.abc import Sequence
@@ -31,9 +33,15 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     report = Report("Length", barred, paths(model))
     made: dict[object, ir.Value] = {}
     origins, inside = Origins(), _inside_attention(model)
+    for cast in [node for node in model.graph.all_nodes() if node.op_type == "Cast"]:
+        whole = _in_one_type(model.graph, cast, origins, inside, made)
+        if whole is not None and not report.bars(cast):
+            cast.outputs[0].replace_all_uses_with(whole)
+            report.fused += 1
     for node in [node for node in model.graph.all_nodes() if node.op_type in _READ]:
         output = node.outputs[0]
-        found = lengths_of(output) if output not in made.values() else None
+        read = output not in made.values() and output.dtype in (None, ir.DataType.INT64)  # which is what a Shape gives
+        found = lengths_of(output) if read else None
         if not found or output.is_graph_output() or not output.uses():
             continue
         first = _run([origins.of(one) for one in found])
@@ -61,6 +69,28 @@ def _inside_attention(model: ir.Model) -> set[ir.Value]:
         for each in (softmax, *(step.node for step in (*above, *below[:-1])))
     }
     return {node.outputs[0] for node in nodes}
+
+
+def _in_one_type(
+    graph: ir.Graph, cast: ir.Node, origins: Origins, inside: set[ir.Value], made: dict[object, ir.Value]
+) -> ir.Value | None:
+    """The shape that ``cast`` gives, put together of lengths in int64; None where it does not come from int32, or of other things."""
+    shape, output = cast.inputs[0], cast.outputs[0]
+    joined = shape is not None and shape.dtype == ir.DataType.INT32 and output.dtype == ir.DataType.INT64
+    found = lengths_of(output) if joined and output.uses() and not output.is_graph_output() else None
+    parts = tuple(origins.of(one) for one in found or ())
+    if len(parts) < 2 or cast.graph is None:
+        return None
+    if any(isinstance(one, ir.Value) or (isinstance(one, tuple) and one[0] in inside) for one in parts):
+        return None
+    if (key := (cast.graph, parts)) not in made:
+        inputs = [_read(graph, one, 1, made) for one in parts]
+        concat = ir.node("Concat", inputs, attributes={"axis": 0}, name=f"{cast.name}/Concat")
+        cast.graph.insert_before(cast, concat)
+        made[key] = concat.outputs[0]
+        made[key].type, made[key].shape = output.type, ir.Shape([len(parts)])
+        made[key].name = f"{concat.name}:0"
+    return made[key]
 
 
 def _run(found: Sequence[Length]) -> Length | None:

@@ -125,13 +125,39 @@ def shape_problem(x: ir.Value, axis: int, *weights: ir.Value | None) -> str | No
     """What speaks against these weights over the axes from ``axis`` on."""
     lengths = list(x.shape)[axis:] if x.shape is not None else [None] * -axis
     for value in weights:
-        tensor = tensor_of(value)
-        if value is None or tensor is None:
+        if value is None or tensor_of(value) is None:
             continue
-        found = list(tensor.shape.numpy())
+        found = _without_ones(value, -axis)
         if len(found) != -axis or any(isinstance(n, int) and n != m for n, m in zip(lengths, found, strict=True)):
             return f"{value.name} has shape {found}, not that of the axes of the mean"
     return None
+
+
+def _without_ones(weight: ir.Value, count: int) -> list[int]:
+    """The shape of ``weight``; less the ones before its last ``count`` axes where it is a constant, as TensorFlow stores it."""
+    tensor = tensor_of(weight)
+    shape = [] if tensor is None else list(tensor.shape.numpy())
+    ones = weight.const_value is not None and all(size == 1 for size in shape[:-count])
+    return shape[-count:] if ones else shape
+
+
+def without_ones(weight: ir.Value, count: int) -> ir.Value:
+    """``weight``, or an initializer of it without the ones before its last ``count`` axes."""
+    tensor, graph, shape = weight.const_value, weight.graph, ir.Shape(_without_ones(weight, count))
+    if tensor is None or graph is None or len(tensor.shape) <= count:
+        return weight
+    name = f"{weight.name}.flat"
+    if name not in graph.initializers:
+        numbers = shape.numpy()
+        lazy = ir.LazyTensor(
+            lambda: ir.Tensor(tensor.numpy().reshape(numbers), dtype=tensor.dtype, name=name),
+            dtype=tensor.dtype,
+            shape=shape,
+            name=name,
+            cache=False,
+        )
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+    return graph.initializers[name]
 
 
 def more_axes(x: ir.Value, *others: ir.Value | None) -> str | None:

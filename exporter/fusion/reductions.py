@@ -2,10 +2,12 @@
 
     ReduceMean<keepdims=0>(x) -> Reshape, Unsqueeze or Expand to x's shape with a 1 at the axis   becomes   ReduceMean(x)
     ReduceSum(x, axes) / n, n the known length of these axes                                       becomes   ReduceMean(x, axes)
+    GlobalAveragePool(x) of three axes                                                             becomes   ReduceMean(x, -1)
     axes counted from the front                                                                    become    counted from the end
 
-torch's new exporter writes ``x.var()`` and ``x.sum() / n`` so. Reshaping keeps the order of elements; where there are as many at the
-end as there were, nothing in between repeated any. Source: ONNX operators ReduceMean, ReduceSum and ReduceMax (opset 18).
+torch's new exporter writes ``x.var()`` and ``x.sum() / n`` so, and tf2onnx makes a pool of every mean over the last of three axes.
+Reshaping keeps the order of elements; where there are as many at the end as there were, nothing in between repeated any. Source: ONNX
+operators ReduceMean, ReduceSum and ReduceMax (opset 18), GlobalAveragePool (opset 1). The pools of images, of four axes, stay.
 Nothing is refused: a reduction that does not have this form stays as it is, and those who look for one say what it lacks.
 """
 
@@ -39,6 +41,11 @@ class _Reduction:
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports."""
     report = Report("Reduction", barred, paths(model))
+    for pool in [node for node in model.graph.all_nodes() if node.op_type == "GlobalAveragePool"]:
+        x = pool.inputs[0]
+        if x is not None and rank_of(x) == 3 and not report.bars(pool):
+            report.took(pool, pool.outputs[0])
+            replace(pool, ir.node("ReduceMean", [x, integers(model.graph, [-1])], name=f"{pool.name}/ReduceMean"))
     for graph, node in _reductions(model):
         found = _match(node)
         if found is not None and not report.bars(node):

@@ -27,6 +27,7 @@ from txopt.exporter.fusion.norm_path import (
     read_elsewhere,
     scaled,
     shape_problem,
+    without_ones,
 )
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
@@ -112,7 +113,7 @@ def _end(square: ir.Node, shifted: ir.Node, x: ir.Value, epsilon: float) -> _Nor
         return found
     source = x if found.narrow is None else before_widening(x, found.narrow) or x
     problem = shape_problem(source, -1, found.weight) or more_axes(
-        x, *shifted.inputs, square.inputs[1] if square.op_type == "Pow" else None
+        x, found.weight, *shifted.inputs, square.inputs[1] if square.op_type == "Pow" else None
     )
     problem = problem or _dtype_problem(source, found) or read_elsewhere(found.last, x, found.weight)
     return problem or _Norm(source, found.weight, epsilon, found.last)
@@ -132,11 +133,12 @@ def _rewrite(norm: _Norm) -> None:
     name = f"{last.rpartition('/')[0] or last}/RMSNormalization".lstrip(
         "/"
     )  # without scopes, as dynamo names: by the node
-    if norm.x.dtype == norm.weight.dtype:
-        replace(norm.last, ir.node("RMSNormalization", [norm.x, norm.weight], attributes=attributes, name=name))
+    weight = without_ones(norm.weight, 1)
+    if norm.x.dtype == weight.dtype:
+        replace(norm.last, ir.node("RMSNormalization", [norm.x, weight], attributes=attributes, name=name))
         return
     # The standard allows two dtypes, its own function body and ONNX Runtime do not: widen the weight, narrow the result.
-    wide = ir.node("Cast", [norm.weight], attributes={"to": norm.x.dtype}, name=f"{name}/weight")
+    wide = ir.node("Cast", [weight], attributes={"to": norm.x.dtype}, name=f"{name}/weight")
     inner = ir.node("RMSNormalization", [norm.x, wide.outputs[0]], attributes=attributes, name=name)
-    narrow = ir.node("Cast", inner.outputs, attributes={"to": norm.weight.dtype}, name=f"{name}/result")
+    narrow = ir.node("Cast", inner.outputs, attributes={"to": weight.dtype}, name=f"{name}/result")
     replace(norm.last, wide, inner, narrow)

@@ -40,17 +40,25 @@ def norms(draw: st.DrawFn, *, missed: bool = False) -> Graph:
     graph.dtype = np.float32
     wide = graph.add("Cast", x, to=onnx.TensorProto.FLOAT) if half else x
     axis = graph.integers(0 if miss == "axis" else draw(st.sampled_from((-1, len(shape) - 1))))
-    d = graph.add("Sub", wide, graph.add("ReduceMean", wide, axis)) if layer else wide
+    mean = graph.add("ReduceMean", wide, axis) if layer else ""
+    d = graph.add("Sub", wide, mean) if layer else wide
     flips = draw(st.lists(st.booleans(), min_size=4, max_size=4))
     inverse = _inverse(graph, draw, miss, d, axis, flips[0])
-    weight = graph.constant(random.uniform(0.5, 2, width))
+    ones = (1,) * draw(st.integers(0, len(shape) - 1))  # TensorFlow's weights have the axes of x
+    weight = graph.constant(random.uniform(0.5, 2, (*ones, width)))
     if draw(st.booleans()):  # Gemma
         weight = graph.flipped("Add", weight, graph.constant(1), flips[1])
-    narrowing = (half and draw(st.sampled_from(("inside", "at the end")))) or ""
-    y = _multiplied(graph, draw, d, inverse, weight, narrowing, flips[2])
-    if layer and draw(st.booleans()):
-        graph.dtype = np.float16 if narrowing == "inside" else np.float32
-        y = graph.flipped("Add", y, graph.constant(random.normal(size=width)), flips[3])
+    apart = layer and inverse[0] != "x / root" and draw(st.booleans())
+    narrowing = (half and ("at the end" if apart else draw(st.sampled_from(("inside", "at the end"))))) or ""
+    bias = layer and draw(st.booleans())
+    graph.dtype = np.float16 if narrowing == "inside" else np.float32
+    added = graph.constant(random.normal(size=(*ones, width))) if bias else ""
+    graph.dtype = np.float32
+    if apart:
+        y = _apart(graph, draw, (wide, mean), graph.flipped("Mul", inverse[1], weight, flips[2]), added, flips)
+    else:
+        y = _multiplied(graph, draw, d, inverse, weight, narrowing, flips[2])
+        y = graph.flipped("Add", y, added, flips[3]) if bias else y
     graph.outputs.append(graph.add("Cast", y, to=onnx.TensorProto.FLOAT16) if narrowing == "at the end" else y)
     graph.reason = miss or None
     return graph
@@ -80,6 +88,18 @@ def _inverse(graph: Graph, draw: st.DrawFn, miss: str, d: str, axis: str, flip: 
     if how == "reciprocal":
         root = graph.add("Reciprocal", root)
     return how, str(graph.add("Div", graph.constant(1), root) if how == "1 / root" else root)
+
+
+def _apart(graph: Graph, draw: st.DrawFn, sides: tuple[str, str], scale: str, bias: str, flips: list[bool]) -> str:
+    """x and its mean scaled apart: as TensorFlow subtracts the one, or as Keras adds its opposite, without a bias, too."""
+    x, mean = sides
+    scaled = graph.flipped("Mul", x, scale, flips[0])
+    if bias and draw(st.booleans()):
+        rest = graph.add("Sub", bias, graph.flipped("Mul", mean, scale, flips[1]))
+    else:
+        rest = graph.flipped("Mul", graph.add("Neg", mean), scale, flips[1])
+        rest = graph.flipped("Add", rest, bias, flips[2]) if bias else rest
+    return graph.flipped("Add", scaled, rest, flips[3])
 
 
 def _multiplied(

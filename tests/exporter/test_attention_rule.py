@@ -102,6 +102,16 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         1,
         {},
     ),
+    "guarded by the mask once more": (
+        S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, p, zero) y = MatMul(g, v)",
+        1,
+        {},
+    ),
+    "guarded by the mask once more, beside a bias": (
+        S + "w = Where(keep, s, billion) a = Add(w, bias) p = Softmax(a) g = Where(keep, p, zero) y = MatMul(g, v)",
+        1,
+        {"Add": 1, "Where": 1},
+    ),
     "guarded where all is masked": (
         S
         + "w = Where(keep, s, infinite) p = Softmax(w) e = Equal(w, infinite) c = Cast<to=7>(e) r = ReduceMin<keepdims=1>(c, keys) "
@@ -189,6 +199,18 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
     "a fill beside which scores show": (S + "w = Where(keep, s, thousands) " + P.format("w"), "-10000"),
     "a fill that is computed": (S + "w = Where(keep, s, bias) " + P.format("w"), "fills with what is no constant"),
     "a floor above some scores": (S + "m = Max(s, zero) " + P.format("m"), "fills with 0"),
+    "guarded by another mask": (
+        S + "w = Where(keep, s, billion) h = Not(hide) p = Softmax(w) g = Where(h, p, zero) y = MatMul(g, v)",
+        "changes the probabilities by another mask than the scores'",
+    ),
+    "guarded by a mask that only the probabilities have": (
+        S + "p = Softmax(s) g = Where(keep, p, zero) y = MatMul(g, v)",
+        "changes the probabilities by another mask than the scores'",
+    ),
+    "guarded by its mask, and by more than zeros": (
+        S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, p, one) y = MatMul(g, v)",
+        "changes the probabilities",
+    ),
     "guarded by ones": (S + "p = Softmax(s) n = IsNaN(p) g = Where(n, one, p) y = MatMul(g, v)", "p is read elsewhere"),
     "one head of K for all, not of V": ("kt = Transpose<perm=[0,1,3,2]>(k_one) s = MatMul(q, kt) " + P.format("s"), "the heads"),
     "a batch that broadcasts": (

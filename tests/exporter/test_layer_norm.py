@@ -33,6 +33,9 @@ CONSTANTS = {
     "negative": np.array(-EPSILON),
     "weight": np.linspace(0.5, 2, 8),
     "bias": np.linspace(-1, 1, 8),
+    "weight_of_three": np.linspace(0.5, 2, 8).reshape(1, 1, 8),
+    "bias_of_three": np.linspace(-1, 1, 8).reshape(1, 1, 8),
+    "of_four": np.linspace(0.5, 2, 8).reshape(1, 1, 1, 8),
     "short": np.array([2.0]),
     "plane": np.linspace(0.5, 2, 24).reshape(3, 8),
 }
@@ -42,6 +45,8 @@ MEANS = "m = ReduceMean(x, last) d = Sub(x, m) "
 VARIANCE = MEANS + "q = Pow(d, two) v = ReduceMean(q, last) e = Add(v, epsilon) "
 ROOT = VARIANCE + "r = Sqrt(e) "
 END = "z = Mul(n, weight) y = Add(z, bias)"
+
+KERAS = "o = Neg(m) i = Reciprocal(r) s = Mul(i, weight) a = Mul(x, s) b = Mul(o, s) c = Add(b, bias) y = Add(a, c)"
 
 # nodes from x to y
 SPELLINGS: dict[str, str] = {
@@ -59,6 +64,12 @@ SPELLINGS: dict[str, str] = {
     "subtracted twice": ROOT + "f = Sub(x, m) n = Div(f, r) " + END,
     "as TensorFlow writes it": ROOT
     + "i = Reciprocal(r) s = Mul(i, weight) a = Mul(x, s) b = Mul(m, s) c = Sub(bias, b) y = Add(a, c)",
+    "as Keras writes it": ROOT + KERAS,
+    "as Keras writes it, in any order": ROOT
+    + "o = Neg(m) i = Reciprocal(r) s = Mul(weight, i) a = Mul(s, x) b = Mul(s, o) c = Add(bias, b) y = Add(c, a)",
+    "weights with ones before them": ROOT + KERAS.replace("weight", "weight_of_three").replace("bias", "bias_of_three"),
+    "weights with ones, behind the division": ROOT
+    + "n = Div(d, r) z = Mul(n, weight_of_three) y = Add(z, bias_of_three)",
     "axes from the front": ROOT.replace("last", "third") + "n = Div(d, r) " + END,
 }
 
@@ -96,6 +107,14 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
     "no weight": (ROOT + "y = Div(d, r)", "no constant weight"),
     "a weight for one": (WITHOUT_BIAS.replace("weight", "short"), "something else is multiplied"),
     "a weight of more axes": (WITHOUT_BIAS.replace("weight", "plane"), "plane has shape [3, 8]"),
+    "a weight that adds an axis": (WITHOUT_BIAS.replace("weight", "of_four"), "of_four adds axes"),
+    "another mean scaled": (
+        ROOT + KERAS.replace("o = Neg(m)", "u = ReduceMax(x, last) o = Neg(u)"),
+        "is not what is added",
+    ),
+    "the mean scaled otherwise": (ROOT + KERAS.replace("b = Mul(o, s)", "b = Mul(o, i)"), "no constant weight vector"),
+    "the mean added": (ROOT + KERAS.replace("o = Neg(m)", "o = Identity(m)"), "is not what is added"),
+    "the scaled mean read elsewhere": (ROOT + KERAS.replace("y =", "k =") + " y = Add(k, b)", "is not what is added"),
     "a factor": (ROOT + "n = Div(d, r) h = Mul(n, half) " + END.replace("(n,", "(h,"), "something else is multiplied"),
     "the mean read elsewhere": (NORMAL.replace("y =", "k =") + " y = Add(k, m)", "something else reads m"),
     "the differences read elsewhere": (NORMAL.replace("y =", "k =") + " y = Add(k, d)", "something else reads d"),
@@ -114,7 +133,7 @@ def model(nodes: str, dtype: str = "float", shape: str = "B,3,8") -> ir.Model:
     wide = np.float32 if "Cast" in nodes else kinds[dtype]
     used = {name for node in proto.graph.node for name in node.input}
     for name in sorted(used & (CONSTANTS.keys() | AXES.keys())):
-        of_result = name in ("weight", "bias")
+        of_result = name.startswith(("weight", "bias"))
         array = (
             np.array(AXES[name])
             if name in AXES
@@ -153,6 +172,13 @@ def test_a_bias_may_be_missing() -> None:
     graph = model(WITHOUT_BIAS)
     assert fuse(graph).fused == 1
     assert [len(node.inputs) for node in graph.graph] == [2]
+    after = run(graph, {"x": X.astype(np.float32)})[0]
+    np.testing.assert_allclose(after, by_formula(X) - CONSTANTS["bias"], rtol=0, atol=2e-6)
+
+
+def test_a_bias_may_be_missing_where_the_mean_is_negated() -> None:
+    graph = model(ROOT + KERAS.replace("c = Add(b, bias) y = Add(a, c)", "y = Add(a, b)"))
+    assert (fuse(graph).fused, count(graph)) == (1, {"LayerNormalization": 1})
     after = run(graph, {"x": X.astype(np.float32)})[0]
     np.testing.assert_allclose(after, by_formula(X) - CONSTANTS["bias"], rtol=0, atol=2e-6)
 

@@ -24,6 +24,9 @@ CONSTANTS = {
     "twos": np.array([2], np.int64),
     "threes": np.array([3], np.int64),
     "left": np.array([-1], np.int64),
+    "pair": np.array([2, 3], np.int32),
+    "six": np.array([6], np.int32),
+    "first": np.array([0, 1], np.int64),
     "heads": np.array([2], np.int64),
     "size": np.array([3], np.int64),
     "copied": np.array([0, 0, 2, 3], np.int64),
@@ -58,6 +61,16 @@ FOLLOWED: dict[str, tuple[str, str, tuple[str, int] | int]] = {
         "two",
         2,
     ),
+    "one axis more": ("v = Unsqueeze(x, ones)", "zero", ("x", 0)),
+    "behind one axis more": ("v = Unsqueeze(x, ones)", "two", ("x", 1)),
+    "the axis that is more": ("v = Unsqueeze(x, ones)", "one", 1),
+    "one axis less": ("a = Unsqueeze(x, ones) v = Squeeze(a, ones)", "one", ("x", 1)),
+    "reshape that leaves a product of what is left": (
+        "s = Shape(x) n = Gather(s, first) p = ReduceProd(n) h = Concat<axis=0>(p, left) a = Reshape(x, h) "
+        "c = Concat<axis=0>(n, left) v = Reshape(a, c)",
+        "two",
+        6,
+    ),
     "slice along another axis": ("v = Slice(x, zeros, ones, twos)", "one", ("x", 1)),
     "concat along another axis": ("v = Concat<axis=2>(x, x)", "one", ("x", 1)),
     "split along another axis": ("u, v = Split<axis=2,num_outputs=2>(x)", "one", ("x", 1)),
@@ -91,6 +104,10 @@ def model(nodes: str, index: str) -> ir.Model:
     for position, node in enumerate(proto.graph.node):
         node.name = f"{node.op_type}_{position}"
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def give_away(graph: ir.Model, name: str) -> None:
+    graph.graph.outputs.append(next(node.outputs[0] for node in graph.graph if node.outputs[0].name == name))
 
 
 def feeds() -> dict[str, np.ndarray]:
@@ -156,10 +173,39 @@ def test_scores_that_no_attention_has_may_be_read() -> None:
 
 def test_equal_lengths_of_different_values_become_one() -> None:
     graph = model("a = Relu(x) b = Tanh(a) s = Shape(a) t = Gather(s, one) r = Range(zero, t, one) v = Relu(b)", "one")
-    graph.graph.outputs.append(next(node.outputs[0] for node in graph.graph if node.outputs[0].name == "r"))
+    give_away(graph, "r")
     assert count(graph)["Shape"] == 2
     fuse(graph)
     assert count(graph)["Shape"] == 1
+
+
+NARROW = "s = Shape(a) c = Cast<to=6>(s) b = Gather(c, zeros) t = Gather(c, ones) "
+
+
+def test_a_shape_that_was_computed_in_int32_is_put_together_in_int64() -> None:
+    """As TensorFlow computes it."""
+    graph = model(f"a = Relu(x) {NARROW} n = Concat<axis=0>(b, t, pair) w = Cast<to=7>(n) v = Reshape(a, w)", "two")
+    give_away(graph, "v")
+    before = run(graph, feeds())[1]
+    fuse(graph)
+    operators = count(graph)
+    assert "Cast" not in operators
+    assert (operators["Shape"], operators["Concat"]) == (2, 1)
+    assert {node.inputs[0].name for node in graph.graph if node.op_type == "Shape" and node.inputs[0]} == {"x"}
+    onnx.checker.check_model(ir.to_proto(graph), full_check=True)
+    np.testing.assert_array_equal(run(graph, feeds())[1], before)
+
+
+def test_what_is_no_length_is_left_in_int32() -> None:
+    """Its numbers could be put together in int64, but not in the type that others read them in."""
+    nodes = f"a = Relu(x) {NARROW} p = Mul(b, t) n = Concat<axis=0>(p, pair) w = Cast<to=7>(n) v = Reshape(a, w)"
+    graph = model(nodes.replace("pair", "six"), "one")
+    give_away(graph, "v")
+    before = run(graph, feeds())[1]
+    fuse(graph)
+    assert count(graph)["Cast"] == 2
+    onnx.checker.check_model(ir.to_proto(graph), full_check=True)
+    np.testing.assert_array_equal(run(graph, feeds())[1], before)
 
 
 def test_a_deep_model_takes_no_longer() -> None:
@@ -176,7 +222,7 @@ def test_a_deep_model_takes_no_longer() -> None:
 
 def test_lengths_that_the_graph_gives_away_keep_their_names() -> None:
     graph = model("a = Relu(x) s = Shape(a) v = Tanh(a)", "one")
-    graph.graph.outputs.append(next(node.outputs[0] for node in graph.graph if node.outputs[0].name == "s"))
+    give_away(graph, "s")
     fuse(graph)
     assert [value.name for value in graph.graph.outputs] == ["y", "s"]
     np.testing.assert_array_equal(run(graph, feeds())[1], [3, 5, 6])
@@ -184,7 +230,7 @@ def test_lengths_that_the_graph_gives_away_keep_their_names() -> None:
 
 def test_a_length_and_several_from_there_on_have_names_of_their_own() -> None:
     graph = model("a = Relu(x) s = Shape<end=1>(a) t = Shape<end=2>(a) m = Add(s, t) v = Tanh(a)", "zero")
-    graph.graph.outputs.append(next(node.outputs[0] for node in graph.graph if node.outputs[0].name == "m"))
+    give_away(graph, "m")
     fuse(graph)
     names = [node.name for node in graph.graph if node.op_type == "Shape"]
     assert len(set(names)) == len(names) == 2

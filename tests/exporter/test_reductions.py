@@ -43,6 +43,7 @@ SPELLINGS: dict[str, tuple[str, str]] = {
         "ReduceMean",
         "s = ReduceSum<keepdims=0>(x, last) u = Unsqueeze(s, last) m = Div(u, eight)" + SPREAD,
     ),
+    "a pool": ("ReduceMean", "m = GlobalAveragePool(x)" + SPREAD),
     "a sum without its axis": (
         "ReduceMean",
         "s = ReduceSum<keepdims=0>(x, last) d = Div(s, eight) m = Reshape(d, kept)" + SPREAD,
@@ -56,6 +57,7 @@ OTHERS: dict[str, str] = {
     + SPREAD,
     "repeated": "m = ReduceMean(x, last) u = Expand(m, wider) y = Sub(x, u)",
     "put elsewhere": "d = ReduceMean<keepdims=0>(x, second) m = Reshape(d, wrongly)" + SPREAD,
+    "a pool of an image": "u = Unsqueeze(x, last) p = GlobalAveragePool(u) m = Squeeze(p, last)" + SPREAD,
     "as it should be": "m = ReduceMean(x, last)" + SPREAD,
 }
 
