@@ -141,19 +141,21 @@ def replay(
     skipped: Sequence[str] = (),
 ) -> ParityReport:
     """Runs every case through the artifact; deviations are reported, not raised."""
-    precision = artifact.manifest.precision
     model = Model(artifact, device=device, threads=threads)
-    # On the CPU, bfloat16 weights are widened when they are loaded: everything is computed in float32.
-    widened = precision == "bf16" and artifact.manifest.target == "cpu"
-    tolerance = TOLERANCE["fp32" if widened else precision]
+    arithmetic = model.session.arithmetic
+    tolerance = TOLERANCE[arithmetic]
     deviations: list[Deviation] = []
     ids: dict[str, str] = {}
     ties: list[str] = []
     failures: list[str] = []
     notes = list(skipped)
+    limit, whole = model.session.positions, artifact.manifest.cache
     for case in cases:
+        if whole is not None and limit is not None and limit != whole.max_length and case.tokens.shape[1] > limit:
+            notes.append(f'case "{case.name}": longer than the {limit} positions that these engines were built for')
+            continue
         try:
-            deviations += _forced(model, case, tolerance, _root_mean_square if precision in QUANTIZED else np.max)
+            deviations += _forced(model, case, tolerance, _root_mean_square if arithmetic in QUANTIZED else np.max)
             for search in ("greedy", "beam"):
                 if search in case.generated:
                     _searched(model, case, search, tolerance, ids, ties, failures)
@@ -162,7 +164,7 @@ def replay(
         if case.tokens.size and "beam" not in case.generated and case.generated:
             notes.append(f'case "{case.name}": beam search has no PyTorch reference for this source')
     return ParityReport(
-        precision=precision,
+        precision=model.session.precision,
         tolerance=tolerance,
         deviations=tuple(deviations),
         ids=ids,
