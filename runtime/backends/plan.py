@@ -106,17 +106,15 @@ class Runner:
         if not fits:
             raise _beyond(self._plan, lengths)
         index = min(fits, key=lambda index: prod(most for _, _, most in self._plan.profiles[index].axes.values()))
-        if index not in self._contexts:
-            with self._device as device:
+        with self._device as device:
+            if index not in self._contexts:
                 made = self._engine.create_execution_context(self._strategy)
                 if made is None or not made.set_optimization_profile_async(index, device.stream):
-                    raise TxoptError(
-                        f"{self._plan.file}: the engine has no memory for profile {self._plan.profiles[index].name}: "
-                        f"{self._said()}"
-                    )
+                    profile = self._plan.profiles[index].name
+                    raise TxoptError(f"{self._plan.file}: there is no memory to run profile {profile}: {self._said()}")
                 device.wait()
-            self._contexts[index] = Context(made, self._engine, self._plan, self._device, self._said)
-        return self._contexts[index]
+                self._contexts[index] = Context(made, self._engine, self._plan, self._device, self._said)
+            return self._contexts[index]
 
 
 class Context:
@@ -124,11 +122,8 @@ class Context:
 
     def __init__(self, context: Any, engine: Any, plan: Plan, device: Device, said: Said) -> None:
         self._context, self._plan, self._device, self._said = context, plan, device, said
-        aliased = getattr(
-            engine, "get_aliased_input_tensor", lambda name: None
-        )  # TensorRT 10 updates no cache in place
-        self._aliased = {item.name: aliased(item.name) for item in plan.outputs}
-        self._capturable = getattr(context, "is_stream_capturable", lambda stream: True)
+        self._aliased = {item.name: engine.get_aliased_input_tensor(item.name) for item in plan.outputs}
+        self._capturable = getattr(context, "is_stream_capturable", lambda stream: True)  # which TensorRT-RTX alone has
         self._scratch: dict[str, Block] = {}  # for outputs that nobody asked for, or that are copied back
         self._copies: list[tuple[int, int, int]] = []  # to, from, bytes; after each run
         self._key: Key | None = None

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from time import process_time
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.runtime.fake_cuda import FakeCuda, cudaError_t, installed
-from tests.runtime.fake_tensorrt import FakeTensorRT
+from tests.runtime.fake_tensorrt import Context, Engine, FakeTensorRT
 from tests.runtime.planned import MOST, planned
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import InputError, TxoptError, UsageError
@@ -20,6 +21,7 @@ from txopt.runtime.model import Model, load
 from txopt.runtime.parity import replay
 from txopt.runtime.parity import verify as proved
 from txopt.runtime.row_decoder import RowDecoder
+from txopt.runtime.running import Request, run
 
 Planned = Callable[..., Artifact]
 STEPS = 2000
@@ -88,6 +90,23 @@ def test_generated_ids_are_those_of_the_cpu(name: str, inputs: Any, search: dict
     np.testing.assert_array_equal(got.sequences, expected.sequences)
     if expected.scores is not None and got.scores is not None:
         np.testing.assert_allclose(got.scores, expected.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+@pytest.mark.parametrize("runs", [2, 5])
+def test_scores_that_are_no_numbers_are_told(
+    search: dict[str, Any], runs: int, plans: Planned, library: FakeTensorRT
+) -> None:
+    """Also those that stay on the device."""
+    library.overflows_after = runs
+    with pytest.raises(TxoptError, match="hold NaN or infinity"):
+        load(plans("g2p").path, device="tensorrt").generate(**SOURCE, max_new_tokens=12, eos_token_id=[1], **search)
+
+
+@pytest.mark.usefixtures("library")
+def test_the_command_line_runs_engines(plans: Planned) -> None:
+    ((document, text),) = run(plans("g2p").path, Request(text="kitchen"), device="tensorrt")
+    assert text == document["text"] == "K IH1 CH AH0 N"
 
 
 @pytest.mark.usefixtures("library")
@@ -184,13 +203,53 @@ def test_steps_are_recorded_once_and_replayed(plans: Planned, library: FakeTenso
     model = load(plans("g2p").path, device="tensorrt")
     first = model.generate(**SOURCE, max_new_tokens=12)
     assert cuda.calls.count("cudaGraphInstantiate") == 1
-    steps, runs = cuda.calls.count("cudaGraphLaunch"), library.runs
+    steps, runs = cuda.calls.count("cudaGraphLaunch"), len(library.ran)
     cuda.calls.clear()
     again = model.generate(**SOURCE, max_new_tokens=12)
     assert cuda.calls.count("cudaGraphInstantiate") == 0
     assert cuda.calls.count("cudaGraphLaunch") == steps + 1
-    assert library.runs == 2 * runs
+    assert len(library.ran) == 2 * runs
     np.testing.assert_array_equal(again.sequences, first.sequences)
+
+
+def test_a_library_that_does_not_say_what_can_be_recorded_is_tried(
+    plans: Planned, library: FakeTensorRT, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT itself; TensorRT-RTX compiles while it runs, and says."""
+    monkeypatch.delattr(Context, "is_stream_capturable")
+    cpu, gpu = open_both(plans("g2p"))
+    np.testing.assert_array_equal(gpu.generate(**SOURCE).sequences, cpu.generate(**SOURCE).sequences)
+    assert "cudaGraphLaunch" in cuda.calls
+
+
+def test_a_context_without_memory_is_told(
+    plans: Planned, library: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(plans("g2p").path, device="tensorrt")
+    monkeypatch.setattr(Engine, "create_execution_context", lambda self, strategy: None)
+    with pytest.raises(TxoptError, match=r"encoder\.plan: there is no memory to run profile encode: the library gives"):
+        model.encode(**SOURCE)
+
+
+def test_calls_take_the_narrowest_profile(plans: Planned, library: FakeTensorRT) -> None:
+    model = load(plans("gpt2").path, device="tensorrt")
+    model.generate(**PROMPTS, max_new_tokens=4)
+    assert library.ran == ["prefill", "step", "step", "step"]
+
+
+@pytest.mark.usefixtures("library")
+def test_threads_take_turns(plans: Planned) -> None:
+    model = load(plans("g2p").path, device="tensorrt")
+    sources = [row[row != 0][None] for row in IDS] * 4
+    expected = [model.generate(input_ids=source).sequences.tolist() for source in sources]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds: in the middle of everything
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda source: model.generate(input_ids=source).sequences.tolist(), sources))
+    finally:
+        sys.setswitchinterval(interval)
+    assert got == expected
 
 
 def test_other_lengths_are_recorded_anew(plans: Planned, library: FakeTensorRT, cuda: FakeCuda) -> None:
@@ -232,7 +291,7 @@ def test_a_context_that_still_compiles_is_recorded_later(plans: Planned, library
     cpu, gpu = open_both(plans("g2p"))
     np.testing.assert_array_equal(gpu.generate(**SOURCE).sequences, cpu.generate(**SOURCE).sequences)
     launches = cuda.calls.count("cudaGraphLaunch")
-    assert 0 < launches < library.runs - 4
+    assert 0 < launches < len(library.ran) - 4
 
 
 def test_caches_that_an_engine_gives_elsewhere_are_copied_back(plans: Planned, library: FakeTensorRT) -> None:
