@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+THIS_MODEL = "this model"  # what bounds a decoder's rows, where it is not what runs it
+
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.beam import ROOM, beam_search
-from txopt.runtime.decoder import Decoder, Floats, GenerationResult, GreedyDecoder, Ids
-from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.decoder import THIS_MODEL, Decoder, Floats, GenerationResult, GreedyDecoder, Ids
+from txopt.runtime.errors import InputError, LimitError, UsageError
 from txopt.runtime.no_next_token import no_token_left, not_a_number
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.processors import Processor, Processors, Request, constraints
@@ -194,7 +194,7 @@ def _prepare(
         raise InputError(f"encoder_ids: expected int64 [{len(prompt)},T], got shape {list(np.shape(encoder_ids))}")
     copies = max(options.num_beams, options.num_return_sequences)
     decoder = open_decoder(copies)
-    max_length = _longest(options, prompt.shape[1], decoder.max_length, getattr(decoder, "limited_by", "this model"))
+    max_length = _longest(options, prompt.shape[1], decoder.max_length, getattr(decoder, "limited_by", THIS_MODEL))
     request = Request(
         prompt_length=prompt.shape[1],
         max_length=max_length,
@@ -236,8 +236,9 @@ def _checked_prompt(prompt: Ids, prompt_mask: Ids | None) -> tuple[Ids, Ids | No
 
 def _longest(options: GenerationOptions, prompt_length: int, limit: int | None, limited_by: str) -> int:
     """The most tokens a row may have, prompt included; ``limited_by`` has the positions that are the ``limit``."""
+    engines = limited_by != THIS_MODEL
     if limit is not None and prompt_length >= limit:
-        raise InputError(
+        raise (LimitError if engines else InputError)(
             f"the prompt has {prompt_length} tokens and {limited_by} at most {limit} positions: "
             f"expected at most {limit - 1} tokens"
         )
@@ -249,7 +250,7 @@ def _longest(options: GenerationOptions, prompt_length: int, limit: int | None, 
         asked, option = prompt_length + NEW_TOKENS, ""
     if limit is not None and asked > limit:
         if option and not options.clip_length:
-            raise UsageError(
+            raise (LimitError if engines else UsageError)(
                 f"{option} makes rows of up to {asked} tokens with this prompt of {prompt_length}, "
                 f"and {limited_by} has {limit} positions: ask for max_new_tokens={limit - prompt_length} at most"
             )

@@ -15,7 +15,8 @@ from txopt.runtime.alignment import whole
 from txopt.runtime.arrays import as_array
 from txopt.runtime.backends.runner import Buffers, Call, Engines, Staged
 from txopt.runtime.counts import allocating
-from txopt.runtime.errors import ArtifactError, InputError, TxoptError, UsageError
+from txopt.runtime.decoder import THIS_MODEL
+from txopt.runtime.errors import ArtifactError, InputError, LimitError, TxoptError, UsageError
 from txopt.runtime.strict_json import show
 
 # Outputs of graphs that look for likely tokens themselves: the likeliest, the likeliest few, and the logarithm of all exponents' sum.
@@ -222,7 +223,9 @@ class RowDecoder:
 
     def _reserve(self, needed: int) -> None:
         if self.max_length is not None and needed > self.max_length:
-            raise InputError(f"{self.limited_by} has {self.max_length} target positions, asked for {needed}")
+            raise (InputError if self.limited_by == THIS_MODEL else LimitError)(
+                f"{self.limited_by} has {self.max_length} target positions, asked for {needed}"
+            )
         if needed <= self._capacity:
             return
         capacity = self._places or whole(max(needed, 2 * self._capacity, FIRST_BUCKET), self.max_length)

@@ -48,7 +48,6 @@ class Session:
 
     Attributes:
         precision: what runs: the artifact's, or its engines'. arithmetic: what it computes in.
-        positions: the most that a row may have; None: no bound.
 
     Errors:
         ArtifactError: a file holds no graph, or another than the manifest says.
@@ -61,7 +60,6 @@ class Session:
         self._engines = engines = open_engines(artifact, device=device, threads=threads, as_written=as_written)
         self._runners, self._specs = engines.runners, engines.specs
         self.precision, self.arithmetic = engines.precision, engines.arithmetic
-        self.positions = None if engines.cache is None else engines.cache.max_length
         problems = [
             problem
             for name, spec in self._specs.items()

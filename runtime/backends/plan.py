@@ -15,7 +15,7 @@ from txopt.runtime.backends.cuda import Device, Recorded
 from txopt.runtime.backends.pool import Block
 from txopt.runtime.backends.tensors import Buffers, Staged, Tensor, empty, size_of, uploaded
 from txopt.runtime.engines import Plan, Profile
-from txopt.runtime.errors import InputError, TxoptError
+from txopt.runtime.errors import InputError, LimitError, TxoptError
 from txopt.runtime.opened import Opened
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def _tensor(item: Tensor | Staged) -> Tensor:
     return item.value if isinstance(item, Staged) else item
 
 
-def _beyond(plan: Plan, lengths: Mapping[str, int]) -> InputError:
+def _beyond(plan: Plan, lengths: Mapping[str, int]) -> LimitError:
     """What to raise where no profile takes these lengths: what each takes, and how to have more."""
     asked = " ".join(f"{axis}={length}" for axis, length in sorted(lengths.items()))
     least, most = (
@@ -252,7 +252,7 @@ def _beyond(plan: Plan, lengths: Mapping[str, int]) -> InputError:
     advice = f"give fewer or shorter ones, or build engines for more: txopt engine {' '.join(options)}"
     if not options:
         advice = f"pad to {' and '.join(short)}" if short else "build engines whose profiles take them together"
-    return InputError(f"{plan.file}: no profile of this engine takes {asked}: {takes}; {advice}")
+    return LimitError(f"{plan.file}: no profile of this engine takes {asked}: {takes}; {advice}")
 
 
 def _ranges(profile: Profile, lengths: Mapping[str, int]) -> str:

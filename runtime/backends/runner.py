@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from txopt.runtime.arrays import Array
+from txopt.runtime.decoder import THIS_MODEL
 from txopt.runtime.graphs import CacheSpec, GraphSpec
 from txopt.runtime.opened import Opened
 
@@ -104,7 +105,7 @@ class Runner(Protocol):
         """A call of the graph; ``reads`` are those of the staged outputs that the host wants after each run.
 
         Errors:
-            InputError: lengths that the engine was not made for.
+            LimitError: lengths that the engine was not built for.
         """
         ...
 
@@ -112,7 +113,7 @@ class Runner(Protocol):
         """Runs once on fresh outputs, which stay with the engine; for graphs outside the token loop.
 
         Errors:
-            InputError: ids or lengths that the engine does not take.
+            InputError: ids or lengths that the engine does not take. LimitError: lengths that it was not built for.
         """
         ...
 
@@ -127,7 +128,7 @@ class Engines:
         precision: what was made: the artifact's own, or the engines'.
         arithmetic: what it computes in, one of the names of precisions.
         most_queries: the tokens a row that one call of the decoder takes; None: any number.
-        limited_by: what bounds the cache, for messages.
+        limited_by: what bounds the cache, for messages; THIS_MODEL where it is not engines that could be others.
     """
 
     runners: Mapping[str, Runner]
@@ -136,4 +137,4 @@ class Engines:
     precision: str
     arithmetic: str
     most_queries: int | None = None
-    limited_by: str = "this model"
+    limited_by: str = THIS_MODEL

@@ -16,6 +16,7 @@ from txopt.runtime.backends import cuda
 from txopt.runtime.backends.fitting import contract_problems, fitting
 from txopt.runtime.backends.plan import OPTIONS, Runner
 from txopt.runtime.backends.runner import Engines
+from txopt.runtime.decoder import THIS_MODEL
 from txopt.runtime.engines import FILE, EngineSet, Plan, engines_of
 from txopt.runtime.errors import ArtifactError, MissingDependencyError, UsageError, explain
 from txopt.runtime.graphs import GraphSpec
@@ -125,7 +126,7 @@ def _described(artifact: Artifact, chosen: EngineSet, runners: dict[str, Runner]
     specs = {
         name: GraphSpec(file=plan.file, inputs=plan.inputs, outputs=plan.outputs) for name, plan in chosen.plans.items()
     }
-    known, most_queries, limited_by = artifact.manifest.cache, None, "this model"
+    known, most_queries, limited_by = artifact.manifest.cache, None, THIS_MODEL
     if known is not None and chosen.cache_length is not None:
         dtype = next(item.dtype for item in specs["decoder"].inputs if item.name.startswith("self_"))
         length = min(chosen.cache_length, known.max_length or chosen.cache_length)

@@ -25,6 +25,7 @@ def planned(
     found_too: bool = True,
     aliases: bool = True,
     computes: bool = True,
+    ranges: Mapping[str, Lengths] | None = None,
     **facts: object,
 ) -> Artifact:
     """``artifact`` with one set of engines, as a new one.
@@ -32,11 +33,12 @@ def planned(
     Args:
         dtype: of floats at the engines' borders but logits; None: the graphs' own.
         found_too: the decoder looks for likely tokens itself.
+        ranges: of lengths, otherwise than LENGTHS.
         facts: what the set says otherwise.
     """
     plans, contents = {}, {}
     for name, graph in artifact.manifest.graphs.items():
-        plan = _plan(name, graph, cache_length, dtype, found_too)
+        plan = _plan(name, graph, cache_length, dtype, found_too, {**LENGTHS, **(ranges or {})})
         plans[name] = plan
         onnx = str(artifact.file(graph.file).resolve()) if computes else None
         contents[plan.file] = plan_bytes(plan, onnx=onnx, version=VERSION, aliases=aliases)
@@ -65,7 +67,14 @@ def with_sets(artifact: Artifact, out: Path, sets: tuple[EngineSet, ...], conten
         return writer.commit(artifact.manifest)
 
 
-def _plan(name: str, graph: GraphSpec, cache_length: int, dtype: str | None, found_too: bool) -> Plan:
+def _plan(
+    name: str,
+    graph: GraphSpec,
+    cache_length: int,
+    dtype: str | None,
+    found_too: bool,
+    lengths: Mapping[str, Lengths],
+) -> Plan:
     def fixed(item: TensorSpec) -> TensorSpec:
         kind = dtype if dtype and item.dtype in FLOATS and item.name != "logits" else item.dtype
         axes = tuple(cache_length if axis == "S" else axis for axis in item.axes)
@@ -82,7 +91,7 @@ def _plan(name: str, graph: GraphSpec, cache_length: int, dtype: str | None, fou
             TensorSpec(name="log_sum", dtype="float32", axes=("R",)),
         )
     varying = {axis for item in (*inputs, *outputs) for axis in item.axes if isinstance(axis, str)}
-    ranges = {axis: LENGTHS[axis] for axis in varying}
+    ranges = {axis: lengths[axis] for axis in varying}
     profiles = [Profile(name="encode", axes=ranges)]
     if name == "decoder":
         step = ranges | {"Q": (1, 1, 1)}

@@ -16,7 +16,7 @@ from tests.runtime.fake_cuda import FakeCuda, cudaError_t, installed
 from tests.runtime.fake_tensorrt import Context, Engine, FakeTensorRT
 from tests.runtime.planned import MOST, planned
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.errors import InputError, TxoptError, UsageError
+from txopt.runtime.errors import InputError, LimitError, ParityError, TxoptError, UsageError
 from txopt.runtime.model import Model, load
 from txopt.runtime.parity import replay
 from txopt.runtime.parity import verify as proved
@@ -110,6 +110,14 @@ def test_the_command_line_runs_engines(plans: Planned) -> None:
 
 
 @pytest.mark.usefixtures("library")
+def test_encoders_alone_say_what_they_say_on_the_cpu(plans: Planned) -> None:
+    cpu, gpu = open_both(plans("bert"))
+    np.testing.assert_array_equal(gpu.classify(**SOURCE), cpu.classify(**SOURCE))
+    with pytest.raises(UsageError, match="has no decoder"):
+        gpu.decode(gpu.encode(**SOURCE))
+
+
+@pytest.mark.usefixtures("library")
 def test_streams_and_single_rows_are_those_of_the_cpu(plans: Planned) -> None:
     cpu, gpu = open_both(plans("g2p"))
     for row in IDS:
@@ -130,8 +138,20 @@ def test_parity_is_proved_on_the_device(name: str, plans: Planned) -> None:
 @pytest.mark.usefixtures("library")
 def test_cases_that_are_longer_than_the_engines_are_told_as_skipped(plans: Planned) -> None:
     report = proved(plans("t5", cache_length=60).path, device="tensorrt")
-    (note,) = (note for note in report.skipped if "longer than the 60 positions" in note)
-    assert "past-the-first-bucket" in note
+    (note,) = (note for note in report.skipped if "than these engines were built for" in note)
+    assert note.startswith('case "past-the-first-bucket": more')
+    assert "has 60 target positions, asked for" in note
+
+
+@pytest.mark.usefixtures("library")
+def test_engines_for_one_source_are_held_to_cases_of_one(plans: Planned) -> None:
+    ranges = {"B": (1, 1, 1), "R": (1, 1, 4)}
+    report = proved(plans("g2p", cache_length=80, ranges=ranges).path, device="tensorrt")
+    assert report.passed
+    assert "single/logits" in report.certificate()["errors"]
+    assert [note for note in report.skipped if "no profile of this engine takes B=" in note]
+    with pytest.raises(ParityError, match="no reference case fits what these engines were built for"):
+        proved(plans("g2p", cache_length=80, ranges={"B": (8, 8, 8)}).path, device="tensorrt")
 
 
 @pytest.mark.usefixtures("library")
@@ -374,7 +394,7 @@ def test_kept_memory_is_freed_before_any_is_refused(plans: Planned, library: Fak
 def test_lengths_beyond_the_profiles_name_them_and_the_option(
     inputs: Any, options: Any, message: str, plans: Planned
 ) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(LimitError, match=message):
         load(plans("g2p").path, device="tensorrt").generate(**inputs, **options)
 
 
@@ -393,7 +413,7 @@ def test_longer_prompts_than_a_profile_takes_are_fed_in_parts(width: int, plans:
 def test_an_engines_cache_bounds_what_is_generated(plans: Planned) -> None:
     model = load(plans("t5", cache_length=20).path, device="tensorrt")
     assert model.generate(**SOURCE, max_new_tokens=19).sequences.shape[1] <= 20
-    with pytest.raises(UsageError, match=r"this model's engine \(txopt engine --max-cache.*\) has 20 positions"):
+    with pytest.raises(LimitError, match=r"this model's engine \(txopt engine --max-cache.*\) has 20 positions"):
         model.generate(**SOURCE, max_new_tokens=20)
 
 
