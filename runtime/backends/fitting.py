@@ -36,7 +36,7 @@ def fitting(sets: tuple[EngineSet, ...], versions: Mapping[str, str], capability
                 (_described(one) for one in sets),
             )
         )
-    current = [one for one in able if one.any_version or one.version == versions[one.runtime]]
+    current = [one for one in able if _loads(one, versions[one.runtime])]
     if not current:
         installed = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         raise StaleError(
@@ -87,6 +87,15 @@ def _stands_for(found: TensorSpec, wanted: TensorSpec, cache_length: int | None)
     return (floats or found.dtype == wanted.dtype) and found.axes == axes
 
 
+def _loads(one: EngineSet, version: str) -> bool:
+    """Whether a library of this version loads the set: its own, or one of an earlier version that is made for later ones."""
+    return one.version == version or (one.any_version and _numbers(version) >= _numbers(one.version))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) if part.isdecimal() else 0 for part in version.split(".")]
+
+
 def _runs_on(one: EngineSet, capability: str) -> bool:
     if capability in one.capabilities or not one.any_hardware:
         return capability in one.capabilities
@@ -101,4 +110,4 @@ def _generation(capability: str) -> int:
 
 def _described(one: EngineSet) -> str:
     hardware = f"{', '.join(one.capabilities)}{' and later' if one.any_hardware else ''}"
-    return f"{one.runtime} {one.version}{' and others' if one.any_version else ''}, {hardware}, {one.precision}"
+    return f"{one.runtime} {one.version}{' and later' if one.any_version else ''}, {hardware}, {one.precision}"

@@ -21,7 +21,7 @@ from txopt.runtime.opened import Opened
 logger = logging.getLogger(__name__)
 
 # How who builds engines raises the limit of a length.
-OPTIONS = {"B": "--max-batch", "R": "--max-beams", "S": "--max-cache"}
+OPTIONS = {"B": "--max-batch", "R": "--max-beams", "S": "--cache-length"}
 SOURCE_OPTION = "--max-source"
 
 _DTYPES = {

@@ -413,7 +413,7 @@ def test_longer_prompts_than_a_profile_takes_are_fed_in_parts(width: int, plans:
 def test_an_engines_cache_bounds_what_is_generated(plans: Planned) -> None:
     model = load(plans("t5", cache_length=20).path, device="tensorrt")
     assert model.generate(**SOURCE, max_new_tokens=19).sequences.shape[1] <= 20
-    with pytest.raises(LimitError, match=r"this model's engine \(txopt engine --max-cache.*\) has 20 positions"):
+    with pytest.raises(LimitError, match=r"this model's engine \(txopt engine --cache-length.*\) has 20 positions"):
         model.generate(**SOURCE, max_new_tokens=20)
 
 

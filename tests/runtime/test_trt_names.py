@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from tests.runtime.fake_cuda import FakeCuda, cudaError_t
+from tests.runtime.planned import planned
+from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends import cuda as cuda_module
 from txopt.runtime.errors import UsageError
+from txopt.runtime.model import load
 
 BACKENDS = Path(cuda_module.__file__).parent
 
@@ -97,6 +100,18 @@ def test_a_machine_without_a_gpu_is_told_by_the_real_package(real: Any) -> None:
         return
     with pytest.raises(UsageError, match=r"an NVIDIA GPU and its driver, found none \((cudaError|CUDA finds)"):
         cuda_module.capability(real, 0)
+
+
+@pytest.mark.tensorrt
+def test_the_real_libraries_are_left_alone_where_nothing_fits(
+    real: Any, tensorrt: ModuleType, g2p: Artifact, tmp_path: Path
+) -> None:
+    """Without a driver they would end the process; with one, these engines are of a version that there is not."""
+    artifact = planned(g2p, tmp_path / "out", version="0.1")
+    with pytest.raises(
+        UsageError, match=r"an NVIDIA GPU and its driver, found none|no engine of this|of another version"
+    ):
+        load(artifact.path, device="tensorrt")
 
 
 def test_a_box_is_asked_for_as_cuda_reads_it(real: Any) -> None:

@@ -190,6 +190,8 @@ def test_what_was_built_for_exactly_this_comes_first(artifact: Artifact) -> None
     assert fitting((later,), installed_here, "SM89") is later
     assert fitting((later,), installed_here, "SM120") is later
     assert fitting((exact, replace(exact, runtime="tensorrt")), {"tensorrt": VERSION}, "SM89").runtime == "tensorrt"
+    with pytest.raises(StaleError, match=r"tensorrt-rtx 1\.6\.0 and later, SM89"):
+        fitting((lasting,), {"tensorrt-rtx": "1.5.10"}, "SM89")
     for capability in ("SM75", "SM70"):
         with pytest.raises(UsageError, match=r"SM80 and later"):
             fitting((later,), installed_here, capability)
