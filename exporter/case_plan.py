@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from txopt.exporter.source import Facts
-from txopt.runtime.session import FIRST_BUCKET
+from txopt.runtime.row_decoder import FIRST_BUCKET
 
 
 @dataclass(frozen=True)

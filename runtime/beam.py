@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids
+from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids, RankingDecoder
 from txopt.runtime.errors import UsageError
 from txopt.runtime.no_next_token import no_token_left, not_a_number
 from txopt.runtime.options import GenerationOptions
@@ -85,10 +85,11 @@ def beam_search(
     source = np.arange(sources)[:, None]
     choose = _Chooser(options, processors, count)
 
+    ranking = decoder if isinstance(decoder, RankingDecoder) and decoder.most_ranked >= count else None
     logits = decoder.prefill(prompt, mask)
     ends = np.isin(np.arange(logits.shape[1]), options.eos_ids)
+    found = choose(logits, running, length)
     while True:
-        found = choose(logits, running, length)
         # A source that has ended once may run dry: its result is there.
         if np.isneginf(found.scores[:, 0]).any() and (np.isneginf(found.scores[:, 0]) & ~is_finished.any(axis=1)).any():
             raise no_token_left(length, options)
@@ -126,7 +127,11 @@ def beam_search(
             return _result(finished, prompt_length, options.num_return_sequences)
 
         decoder.reorder((first_row + found.beams[source, picked]).reshape(rows))
-        logits = decoder.step(running.ids[:, :, length - 1].reshape(rows))
+        tokens = running.ids[:, :, length - 1].reshape(rows)
+        if ranking is None or choose.sees_all(length):
+            found = choose(decoder.step(tokens), running, length)
+        else:
+            found = choose.ranked(*ranking.rank(tokens), running, length)
 
 
 def _per_length(scores: Floats, tokens: int, penalty: float) -> Floats:
@@ -173,8 +178,7 @@ class _Chooser:
         self._scratch: Floats | None = None
 
     def __call__(self, logits: Floats, running: _Hypotheses, length: int) -> _Candidates:
-        sources, beams = running.scores.shape
-        if self._generator is None and not self._processors.active(length):
+        if not self.sees_all(length):
             scores, tokens = self._best_of_each(logits, length)
         else:
             log_probabilities = log_softmax(logits)
@@ -185,7 +189,20 @@ class _Chooser:
             if self._generator is not None:
                 return self._draw(log_probabilities, running, self._generator)
             scores, tokens = top(log_probabilities, min(self._count, logits.shape[1]))
-        each = scores.shape[1]
+        return self._of_all_beams(scores, tokens, running)
+
+    def sees_all(self, length: int) -> bool:
+        """Whether the choice after ``length`` tokens is made of all scores, not of the likeliest alone."""
+        return self._generator is not None or self._processors.active(length)
+
+    def ranked(self, scores: Floats, tokens: Ids, running: _Hypotheses, length: int) -> _Candidates:
+        """The same of log probabilities that fall already, [R,C] or more, and their tokens."""
+        if not np.isfinite(scores[:, 0]).all():
+            raise not_a_number(length)
+        return self._of_all_beams(scores[:, : self._count], tokens[:, : self._count], running)
+
+    def _of_all_beams(self, scores: Floats, tokens: Ids, running: _Hypotheses) -> _Candidates:
+        (sources, beams), each = running.scores.shape, scores.shape[1]
         summed = (scores.reshape(sources, beams, each) + running.scores[:, :, None]).reshape(sources, beams * each)
         best, order = top(summed, self._count)
         chosen = np.take_along_axis(tokens.reshape(sources, beams * each), order, axis=1)

@@ -1,13 +1,15 @@
 """What a decoding loop asks of a decoder, and what it gives back.
 
-Owns the two interfaces that the loops share; it knows neither the loops nor who decodes.
+Owns the interfaces that the loops share; it knows neither the loops nor who decodes.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+THIS_MODEL = "this model"  # what bounds a decoder's rows, where it is not what runs it
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -35,6 +37,36 @@ class Decoder(Protocol):
 
     def reorder(self, rows: Ids) -> None:
         """Lets row i go on as what row ``rows[i]`` (int64 [R]) was."""
+        ...
+
+
+@runtime_checkable
+class GreedyDecoder(Decoder, Protocol):
+    """A decoder that can leave its scores where they are, and says only which token is the likeliest."""
+
+    def advance(self, ids: Ids) -> Ids:
+        """Feeds one token per row, int64 [R]; each row's likeliest next token, int64 [R], the caller's until the next call."""
+        ...
+
+    def scores(self) -> Floats:
+        """The logits float32 [R,V] that the last call left."""
+        ...
+
+
+@runtime_checkable
+class RankingDecoder(Decoder, Protocol):
+    """A decoder that can leave its scores where they are, and says only which tokens are the likeliest.
+
+    ``most_ranked`` is how many of each row it can say; 0 means none.
+    """
+
+    most_ranked: int
+
+    def rank(self, ids: Ids) -> tuple[Floats, Ids]:
+        """Feeds one token per row, int64 [R]; the likeliest next tokens' log probabilities float32 [R,most_ranked], falling, and ids.
+
+        Where a row's scores are NaN or infinite, so are these.
+        """
         ...
 
 

@@ -3,6 +3,7 @@
 TxoptError                    exit code 1: a defect of txopt
 ├── UsageError                exit code 2: wrong option, argument or input
 │   ├── InputError            tensors, text, audio or images that do not fit the model
+│   │   └── LimitError        more than compiled engines were built for; the model itself takes it
 │   ├── SourceError           a checkpoint or module that txopt cannot read or does not support
 │   └── ArtifactError         an artifact that is damaged, unsafe, too new, or not one at all
 │       └── StaleError        a sound result of an earlier run, made from something else than what is asked for now
@@ -28,6 +29,10 @@ class UsageError(TxoptError):
 
 class InputError(UsageError):
     """Input data (tensors, text, audio, images) that does not fit the model."""
+
+
+class LimitError(InputError):
+    """Lengths or batches beyond what an artifact's engines were built for; other engines of the same model take them."""
 
 
 class SourceError(UsageError):

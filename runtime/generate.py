@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txopt.runtime.beam import ROOM, beam_search
-from txopt.runtime.decoder import Decoder, Floats, GenerationResult, Ids
-from txopt.runtime.errors import InputError, UsageError
+from txopt.runtime.decoder import THIS_MODEL, Decoder, Floats, GenerationResult, GreedyDecoder, Ids
+from txopt.runtime.errors import InputError, LimitError, UsageError
 from txopt.runtime.no_next_token import no_token_left, not_a_number
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.processors import Processor, Processors, Request, constraints
@@ -117,22 +117,27 @@ class _Sequences:
 def _sequential(run: _Run, sequences: _Sequences) -> Iterator[Ids]:
     """Greedy search or sampling: fills ``sequences`` and yields each step's tokens [R].
 
-    The loop runs once per token, so it does nothing that the options did not ask for: without active processors that is
-    one argmax over the decoder's own buffer, one comparison and one store.
+    The loop runs once per token, so it does nothing that the options did not ask for: without processors that is one comparison and
+    one store, and scores stay with a decoder that finds the largest itself.
     """
     decoder, processors, max_length, (rows, length) = run.decoder, run.processors, run.max_length, run.prompt.shape
     ids, places = sequences.ids, sequences.ids.shape[1]
     end_ids, padding = frozenset(run.options.eos_ids), run.options.padding
     constrained = bool(processors)
     generator = np.random.default_rng(run.options.seed) if run.options.do_sample else None
+    greedy = decoder if generator is None and isinstance(decoder, GreedyDecoder) else None
     logits = np.ascontiguousarray(decoder.prefill(run.prompt, run.mask))  # of long prompts it is one slice in many
+    likeliest: Ids | None = None
     ends = np.isin(np.arange(logits.shape[1]), run.options.eos_ids)
     finished, every_row = np.zeros(rows, np.bool_), np.arange(rows)
     while True:
         active = constrained and processors.active(length)
         if active:
             processors(ids[:, :length], logits)
-        chosen = logits.argmax(axis=1) if generator is None else draw(logits, generator, length, run.options)
+        if generator is not None:
+            chosen = draw(logits, generator, length, run.options)
+        else:
+            chosen = logits.argmax(axis=1) if likeliest is None else likeliest
         if active and generator is None and not chosen.all():  # where every token is removed, argmax says 0
             _check_left(logits[every_row, chosen], finished, length, run.options)
         if rows == 1:
@@ -153,10 +158,14 @@ def _sequential(run: _Run, sequences: _Sequences) -> Iterator[Ids]:
         yield chosen
         if done or length == max_length:
             # NaN stays in a row's cache once it is there, so looking at the last scores is enough.
-            if np.isnan(logits.max()):
+            last = logits if greedy is None or likeliest is None else greedy.scores()
+            if np.isnan(last.max()):
                 raise not_a_number(length - 1)
             return
-        logits = decoder.step(chosen)
+        if greedy is None or (constrained and processors.active(length)):
+            logits, likeliest = decoder.step(chosen), None
+        else:
+            likeliest = greedy.advance(chosen)
 
 
 def _check_left(largest: Floats, finished: NDArray[np.bool_], length: int, options: GenerationOptions) -> None:
@@ -185,7 +194,7 @@ def _prepare(
         raise InputError(f"encoder_ids: expected int64 [{len(prompt)},T], got shape {list(np.shape(encoder_ids))}")
     copies = max(options.num_beams, options.num_return_sequences)
     decoder = open_decoder(copies)
-    max_length = _longest(options, prompt.shape[1], decoder.max_length)
+    max_length = _longest(options, prompt.shape[1], decoder.max_length, getattr(decoder, "limited_by", THIS_MODEL))
     request = Request(
         prompt_length=prompt.shape[1],
         max_length=max_length,
@@ -225,11 +234,12 @@ def _checked_prompt(prompt: Ids, prompt_mask: Ids | None) -> tuple[Ids, Ids | No
     return prompt, mask, mask.argmax(axis=1)
 
 
-def _longest(options: GenerationOptions, prompt_length: int, limit: int | None) -> int:
-    """The most tokens a row may have, prompt included."""
+def _longest(options: GenerationOptions, prompt_length: int, limit: int | None, limited_by: str) -> int:
+    """The most tokens a row may have, prompt included; ``limited_by`` has the positions that are the ``limit``."""
+    engines = limited_by != THIS_MODEL
     if limit is not None and prompt_length >= limit:
-        raise InputError(
-            f"the prompt has {prompt_length} tokens and this model at most {limit} positions: "
+        raise (LimitError if engines else InputError)(
+            f"the prompt has {prompt_length} tokens and {limited_by} at most {limit} positions: "
             f"expected at most {limit - 1} tokens"
         )
     if options.max_new_tokens is not None:
@@ -240,9 +250,9 @@ def _longest(options: GenerationOptions, prompt_length: int, limit: int | None) 
         asked, option = prompt_length + NEW_TOKENS, ""
     if limit is not None and asked > limit:
         if option and not options.clip_length:
-            raise UsageError(
+            raise (LimitError if engines else UsageError)(
                 f"{option} makes rows of up to {asked} tokens with this prompt of {prompt_length}, "
-                f"and this model has {limit} positions: ask for max_new_tokens={limit - prompt_length} at most"
+                f"and {limited_by} has {limit} positions: ask for max_new_tokens={limit - prompt_length} at most"
             )
         asked = limit
     if asked <= prompt_length:

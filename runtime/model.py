@@ -1,6 +1,6 @@
 """An opened artifact: generate(), stream(), classify(), embed(), and the two graphs for those who write their own loop.
 
-Owns how arguments split into tensors and generation options. Loops live in generate.py, buffers in session.py, text, audio and
+Owns how arguments split into tensors and generation options. Loops live in generate.py, buffers in row_decoder.py, text, audio and
 images in pipeline.py. It knows no model family: what differs between them is data in the manifest.
 """
 
@@ -17,7 +17,8 @@ from txopt.runtime.errors import InputError, UsageError
 from txopt.runtime.generate import GenerationResult, generate, tokens
 from txopt.runtime.options import GenerationOptions
 from txopt.runtime.pipeline import Pipeline
-from txopt.runtime.session import Encoded, RowDecoder, Session
+from txopt.runtime.row_decoder import RowDecoder
+from txopt.runtime.session import Encoded, Session
 
 Array = NDArray[Any]
 
@@ -27,7 +28,8 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | No
 
     Args:
         path: the artifact's directory.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu"; "cuda" for ONNX Runtime on a GPU; "tensorrt" for the artifact's engines on one. ":N" behind the latter two means
+            another GPU than the first.
         threads: engine threads, None for one per core.
 
     Raises:

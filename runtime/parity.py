@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from txopt.runtime.answers import answers, counts
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.cases import Case, Lengths, load, sample
-from txopt.runtime.errors import ParityError, TxoptError, explain
+from txopt.runtime.errors import LimitError, ParityError, TxoptError, explain
 from txopt.runtime.graphs import source_masks
 from txopt.runtime.manifest import QUANTIZED, Manifest
 from txopt.runtime.model import Model
@@ -141,11 +141,9 @@ def replay(
     skipped: Sequence[str] = (),
 ) -> ParityReport:
     """Runs every case through the artifact; deviations are reported, not raised."""
-    precision = artifact.manifest.precision
     model = Model(artifact, device=device, threads=threads)
-    # On the CPU, bfloat16 weights are widened when they are loaded: everything is computed in float32.
-    widened = precision == "bf16" and artifact.manifest.target == "cpu"
-    tolerance = TOLERANCE["fp32" if widened else precision]
+    arithmetic = model.session.arithmetic
+    tolerance = TOLERANCE[arithmetic]
     deviations: list[Deviation] = []
     ids: dict[str, str] = {}
     ties: list[str] = []
@@ -153,21 +151,30 @@ def replay(
     notes = list(skipped)
     for case in cases:
         try:
-            deviations += _forced(model, case, tolerance, _root_mean_square if precision in QUANTIZED else np.max)
+            deviations += _forced(model, case, tolerance, _root_mean_square if arithmetic in QUANTIZED else np.max)
             for search in ("greedy", "beam"):
                 if search in case.generated:
                     _searched(model, case, search, tolerance, ids, ties, failures)
+        except LimitError as err:
+            notes.append(f'case "{case.name}": more than these engines were built for: {err}')
         except TxoptError as err:  # NaN scores, or a graph that the engine cannot run: both are what parity is to find
             failures.append(f'case "{case.name}": {err}')
         if case.tokens.size and "beam" not in case.generated and case.generated:
             notes.append(f'case "{case.name}": beam search has no PyTorch reference for this source')
+    if not deviations and not failures:
+        failures.append("no reference case fits what these engines were built for, so nothing is proved")
+    try:
+        invariance = _invariance(model, cases)
+    except LimitError as err:
+        invariance = {}
+        notes.append(f"invariance: more than these engines were built for: {err}")
     return ParityReport(
-        precision=precision,
+        precision=model.session.precision,
         tolerance=tolerance,
         deviations=tuple(deviations),
         ids=ids,
         near_ties=tuple(ties),
-        invariance=_invariance(model, cases),
+        invariance=invariance,
         skipped=tuple(dict.fromkeys(notes)),
         failures=tuple(failures),
         reference=reference_of(artifact.manifest),

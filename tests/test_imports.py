@@ -37,7 +37,8 @@ FRONT = "txopt.console txopt.inspection txopt.page txopt.summary txopt.demonstra
 RULES = {
     "runtime": rule(RUNTIME, RUNTIME_LAZILY),
     "runtime/backends/ort.py": rule(f"{RUNTIME} onnxruntime", RUNTIME_LAZILY),
-    "runtime/backends/trt.py": rule(f"{RUNTIME} tensorrt tensorrt_rtx", RUNTIME_LAZILY),
+    "runtime/backends/cuda.py": rule(RUNTIME, "cuda"),
+    "runtime/backends/trt.py": rule(RUNTIME),  # its libraries by name
     "calibration": rule(f"{CALIBRATION} onnxruntime", RUNTIME_LAZILY),
     "calibration/metrics.py": rule(CALIBRATION, "jiwer sacrebleu"),
     "exporter": rule(EXPORTER, "PIL soundfile"),
@@ -128,6 +129,8 @@ def test_imports_point_downward_only(file: str) -> None:
         ("runtime/generate.py", "from . import errors"),
         ("runtime/generate.py", "import exporter"),
         ("runtime/backends/ort.py", "import tensorrt"),
+        ("runtime/backends/cuda.py", "from cuda.bindings import runtime"),
+        ("runtime/backends/trt.py", "import tensorrt"),
         ("calibration/collect.py", "import torch"),
         ("calibration/collect.py", "from txopt.exporter.graph import nodes"),
         ("calibration/gate.py", "def f():\n    import jiwer"),
@@ -165,7 +168,7 @@ def test_the_runtime_works_without_torch_and_transformers() -> None:
     modules = [
         "txopt." + file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for file in CHECKED
-        if file.startswith("runtime/") and file != "runtime/backends/trt.py"
+        if file.startswith("runtime/")
     ]
     run_python(f"""
 import importlib, sys

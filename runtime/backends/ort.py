@@ -1,10 +1,11 @@
-"""ONNX Runtime behind three verbs: put an array where the engine reads it, bind buffers once, run.
+"""ONNX Runtime behind the verbs of runner.py: put an array where the engine reads it, bind buffers once, run.
 
 Owns sessions, providers and IO binding. On the CPU a tensor shares its numpy array's memory, so writing the array feeds the next
-run and nothing is copied; on CUDA tensors live on the device. It knows no generation and no artifact.
+run and nothing is copied. On CUDA tensors live on the device, at one address for as long as they live; with cuda-bindings, rows of the
+self-attention cache move and grow there, else through the host. It knows no generation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from txopt.runtime.backends import cuda, tensors
 from txopt.runtime.backends.huge_pages import collapsed
 from txopt.runtime.counts import count
 from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, TxoptError, UsageError
@@ -38,34 +40,89 @@ Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy holds such tensors as uint16
-_NUMPY = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-    "int64": np.int64,
-    "int32": np.int32,
-    "bool": np.bool_,
-}
+_KINDS = {**tensors.STORED, "bfloat16": _BFLOAT16}  # for bindings by address
+
+
+class Staged:
+    """See runner.Staged. ``shared``: the engine's value is the array's own memory."""
+
+    def __init__(self, array: Array, value: Value, shared: bool) -> None:
+        self.array, self.value, self.shared = array, value, shared
+
+    def write(self) -> None:
+        """Lets the engine have what is in ``array``."""
+        self.value.update_inplace(self.array)
+
+    def read(self) -> Array:
+        if not self.shared:
+            self.array[...] = self.value.numpy()
+        return self.array
 
 
 class Call:
-    """One set of bound buffers, run as often as wanted; inputs and outputs stay where they are."""
+    """See runner.Call. ``where`` tensors given by address are; ``gpu`` is what else works on them."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, inputs: Mapping[str, Value], outputs: Mapping[str, Value]
+        self,
+        session: onnxruntime.InferenceSession,
+        where: tuple[str, int],
+        inputs: Mapping[str, Value | Staged],
+        outputs: Mapping[str, Value | Staged],
+        reads: Sequence[Staged],
+        gpu: cuda.Device | None = None,
     ) -> None:
-        self._run = session.run_with_iobinding
+        self._run, self._gpu = session.run_with_iobinding, gpu
         self._binding = session.io_binding()
-        for name, value in inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
+        self._writes = [item for item in inputs.values() if isinstance(item, Staged) and not item.shared]
+        self._reads = [item for item in reads if not item.shared]
+        by_value, by_address = self._binding.bind_ortvalue_input, self._binding.bind_input
+        for items in (inputs, outputs):
+            for name, item in items.items():
+                if isinstance(item, tensors.Tensor):
+                    by_address(name, *where, _KINDS[item.dtype], item.shape, item.address)
+                else:
+                    by_value(name, item.value if isinstance(item, Staged) else item)
+            by_value, by_address = self._binding.bind_ortvalue_output, self._binding.bind_output
 
     def run(self) -> None:
+        for staged in self._writes:
+            staged.write()
+        if self._gpu is not None:
+            self._gpu.wait()  # for rows that move: the engine has another stream
         try:
             self._run(self._binding)
         except Exception as err:  # the library raises a dozen kinds, without a common base
             raise TxoptError(f"the engine failed: {err}") from err
+        for staged in self._reads:
+            staged.read()
+
+
+class Buffers:
+    """See runner.Buffers. On the CPU rows are copied where they lie; on a device that only the engine reaches, through the host."""
+
+    def __init__(self, runner: "Runner", names: Sequence[str], shape: tuple[int, ...], dtype: str) -> None:
+        self._runner, self._shape, self._dtype = runner, shape, dtype
+        self.values = {name: runner.zeros(shape, dtype) for name in names}
+
+    def grow(self, length: int, filled: int) -> None:
+        rows, heads, _, width = self._shape
+        shape = (rows, heads, length, width)
+        values = {}
+        for name, value in self.values.items():
+            grown = self._runner.zeros(shape, self._dtype)
+            array = self._runner.view(grown)
+            array[:, :, :filled] = self._runner.view(value)[:, :, :filled]
+            values[name] = self._runner.put(grown, array)
+        self.values, self._shape = values, shape
+
+    def copy_rows(self, rows: Sequence[int], sources: Sequence[int], filled: int) -> None:
+        for value in self.values.values():
+            array = self._runner.view(value)
+            array[rows, :, :filled] = array[sources, :, :filled]
+            self._runner.put(value, array)
+
+    def array(self, name: str, filled: int) -> Array:
+        return self._runner.view(self.values[name])[:, :, :filled].copy()
 
 
 class Runner:
@@ -92,6 +149,8 @@ class Runner:
         beside: Path | None = None,
     ) -> None:
         self._device, self._ordinal, providers = _providers(device)
+        self._on_host = self._device == "cpu"
+        self._gpu = None if self._on_host else _gpu(self._ordinal)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised, and said once
         for key, value in CONFIGURATION.items():
@@ -118,10 +177,6 @@ class Runner:
                 f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot open this graph (opset 24 needs 1.30 or newer): {err}"
             ) from err
 
-    @property
-    def on_host(self) -> bool:
-        return self._device == "cpu"
-
     def describe(self, value: Value) -> tuple[str, tuple[int, ...]]:
         """A tensor's dtype, by the name that manifests use, and its shape."""
         return _dtype(value.data_type()), tuple(value.shape())
@@ -140,8 +195,22 @@ class Runner:
             return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, self._ordinal)
 
+    def staged(self, array: Array) -> Staged:
+        return Staged(array, self.tensor(array), self._on_host)
+
+    def buffers(self, names: Sequence[str], shape: tuple[int, ...], dtype: str) -> Buffers | tensors.Buffers:
+        if self._gpu is not None:
+            return tensors.Buffers(self._gpu, names, shape, dtype)
+        return Buffers(self, names, shape, dtype)
+
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Value:
-        return self.tensor(np.zeros(shape, _NUMPY[dtype]), dtype)
+        return self.tensor(np.zeros(shape, tensors.STORED[dtype]), dtype)
+
+    def put(self, value: Value, array: Array) -> Value:
+        """``value``, with the content of ``array``, which is what ``view`` gave of it, changed since."""
+        if not self._on_host:
+            value.update_inplace(array)
+        return value
 
     def view(self, value: Value) -> Array:
         """The tensor's memory on the CPU, valid only while ``value`` lives; a copy from a device.
@@ -155,8 +224,13 @@ class Runner:
         """The tensor's numbers, a copy that outlives it."""
         return self.view(value).copy()
 
-    def bind(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> Call:
-        return Call(self._session, inputs, outputs)
+    def bind(
+        self,
+        inputs: Mapping[str, Value | Staged],
+        outputs: Mapping[str, Value | Staged],
+        reads: Sequence[Staged] = (),
+    ) -> Call:
+        return Call(self._session, (self._device, self._ordinal), inputs, outputs, reads, self._gpu)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Value]:
         """Runs once on fresh output buffers, which stay on the device; for graphs outside the token loop.
@@ -181,6 +255,14 @@ class Runner:
                 f"look for ids beyond the vocabulary and too long sources; the engine says: {err}"
             ) from err
         return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+def _gpu(ordinal: int) -> cuda.Device | None:
+    """The device, for who moves what lies there; None where there is no package to do it with."""
+    try:
+        return cuda.Device(cuda.bindings(), ordinal)
+    except MissingDependencyError:
+        return None
 
 
 def _dtype(kind: str) -> str:

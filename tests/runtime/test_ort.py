@@ -1,13 +1,19 @@
 """Where ONNX Runtime is wrong, and the runner keeps it from being so."""
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from tests.runtime.fake_cuda import FakeCuda
+from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends import ort
+from txopt.runtime.backends.cuda import Device
+from txopt.runtime.model import load
 
 
 @pytest.fixture
@@ -79,3 +85,44 @@ def test_sums_of_integers_do_not_saturate(product: Path) -> None:
     runner = ort.Runner(product)
     largest = np.full((1, 64), 255, np.float32)
     assert runner.array(runner.run({"x": largest})["y"]).tolist() == [[64 * 255 * 127] * 64]
+
+
+class Far(ort.Runner):
+    """Its tensors lie where nobody else sees them, as on a GPU."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._on_host = False
+        self._gpu = GPUS[-1] if GPUS else None
+
+    def tensor(self, array: Any, dtype: str | None = None) -> Any:
+        return super().tensor(array.copy(), dtype)
+
+    def view(self, value: Any) -> Any:
+        return super().view(value).copy()
+
+
+GPUS: list[Device] = []
+
+
+@pytest.mark.parametrize("reachable", [False, True], ids=["through the host", "where they lie"])
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 1}], ids=str)
+def test_tensors_of_a_device_are_kept_in_step(
+    search: dict[str, Any], reachable: bool, g2p: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does differently, without one: inputs are sent, outputs fetched, and rows moved by CUDA where it can be called."""
+    source: dict[str, Any] = {"input_ids": np.array([[5, 6, 7, 2], [9, 2, 0, 0]])}
+    expected = load(g2p.path, threads=1).generate(**source, **search).sequences
+    cuda = FakeCuda()
+    cuda.mapped = True
+    monkeypatch.setattr(ort, "Runner", Far)
+    if reachable:
+        GPUS.append(Device(cuda, 0))
+    try:
+        got = load(g2p.path, threads=1).generate(**source, **search).sequences
+    finally:
+        GPUS.clear()
+    np.testing.assert_array_equal(got, expected)
+    assert ("cudaMemcpy3DAsync" in cuda.calls) is (reachable and "num_beams" in search)
+    gc.collect()
+    assert cuda.left() == cuda.faults == []

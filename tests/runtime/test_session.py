@@ -135,9 +135,9 @@ def test_threads_that_are_no_number_of_threads_are_refused(g2p: Artifact, thread
         load(g2p.path, threads=threads)
 
 
-@pytest.mark.parametrize("device", ["tpu", None, 3, "cuda:x", "cuda:²", ["cpu"]])
+@pytest.mark.parametrize("device", ["tpu", None, 3, "cpu:1", "cuda:x", "cuda:²", "tensorrt:-1", ["cpu"]])
 def test_devices_that_are_none_are_refused(g2p: Artifact, device: Any) -> None:
-    with pytest.raises(UsageError, match='device must be "cpu", "cuda" or "cuda:N", got '):
+    with pytest.raises(UsageError, match='device must be "cpu", "cuda", "cuda:N", "tensorrt" or "tensorrt:N", got '):
         load(g2p.path, device=device)
 
 
@@ -193,7 +193,7 @@ def test_memory_that_the_system_refuses_is_told_likewise(model: Model, monkeypat
         raise MemoryError
 
     decoder = model.decode(model.encode(input_ids=np.array([[5, 2]])))
-    monkeypatch.setattr(Runner, "zeros", refuse)
+    monkeypatch.setattr(Runner, "buffers", refuse)
     with pytest.raises(UsageError, match=r"buffers for 1 rows .* take 1 GiB of memory"):
         decoder.feed(np.array([[1]]))
 

@@ -1,0 +1,44 @@
+"""Which engine a device means, and an artifact's graphs opened by it.
+
+Owns the names of devices. Each engine's library is imported only where its device is asked for.
+"""
+
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.backends.runner import Engines
+from txopt.runtime.errors import UsageError
+
+KINDS = ("cpu", "cuda", "tensorrt")
+
+
+def open_engines(artifact: Artifact, *, device: str, threads: int | None, as_written: bool) -> Engines:
+    """The graphs of ``artifact``, ready to run on ``device``; the other arguments are ONNX Runtime's (``ort.Runner``).
+
+    Errors:
+        UsageError: a device or a number of threads that is none, or engines that the artifact does not have.
+        MissingDependencyError: the device needs a package that is not installed.
+        ArtifactError: a graph or an engine that cannot be opened.
+    """
+    kind, _, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
+    numbered = ordinal.isascii() and (ordinal or "0").isdecimal()
+    if kind not in KINDS or not numbered or (kind == "cpu" and ordinal):
+        raise UsageError(f'device must be "cpu", "cuda", "cuda:N", "tensorrt" or "tensorrt:N", got {device!r}')
+    if kind == "tensorrt":
+        from txopt.runtime.backends.trt import open_plans
+
+        return open_plans(artifact, int(ordinal or 0))
+    from txopt.runtime.backends.ort import Runner
+
+    manifest = artifact.manifest
+    runners = {
+        name: Runner(artifact.file(spec.file), device=device, threads=threads, as_written=as_written)
+        for name, spec in manifest.graphs.items()
+    }
+    # On the CPU, bfloat16 weights are widened when they are loaded: everything is computed in float32.
+    widened = manifest.precision == "bf16" and manifest.target == "cpu"
+    return Engines(
+        runners=runners,
+        specs=manifest.graphs,
+        cache=manifest.cache,
+        precision=manifest.precision,
+        arithmetic="fp32" if widened else manifest.precision,
+    )
