@@ -16,8 +16,7 @@ from txopt.calibration.quantize import put
 from txopt.calibration.recipe import Recipe
 from txopt.calibration.sensitivity import Sensitivity, alone_in_blocks, sensitivities, tables_of
 from txopt.exporter import weights
-from txopt.exporter.attempt import Ground, Progress, graphs_of
-from txopt.exporter.lowering import LOWERINGS
+from txopt.exporter.attempt import Ground, Progress, graphs_of, lower
 
 SAMPLES = 8  # that sensitivities are measured on
 
@@ -69,7 +68,7 @@ def _written(ground: Ground, recipe: Recipe) -> int:
     blocks = ground.rounder.blocks(models, recipe)
     for name, model in models.items():
         put(model.graph, blocks[name])
-        LOWERINGS[ground.artifact.manifest.target](model, ground.precision)
+    lower(models, ground)
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         weights.write(models, Path(folder))
         return (Path(folder) / weights.FILE).stat().st_size

@@ -79,7 +79,7 @@ def export(
     Args:
         source: a checkpoint's directory or hub id, "package.module:factory", a custom module itself, or a folder of Optimum's.
         out: the directory to make.
-        target: what the graphs are lowered for: "cpu" or "cuda"; with the scheme "static" also "tensorrt".
+        target: what the graphs are lowered for: "cpu" or "cuda"; at "int8", "int4" and "fp8" also "tensorrt".
         precision: "fp32", "fp16" or "bf16"; "int8", "int4" or "fp8".
         trust_remote_code: run code that came with a checkpoint.
         calibration, max_loss, metric, scheme, method, report: for "int8", "int4" and "fp8", see ``quantize.Options``; with

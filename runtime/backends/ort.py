@@ -20,7 +20,11 @@ from txopt.runtime.opened import Opened
 MOST_THREADS = 4096  # far beyond any machine; the engine starts as many as it is told, or ends the process
 
 # Idle workers would spin on: the encoder's against the decoder's first steps, both against the caller (docs/decisions.md 13).
-CONFIGURATION = {"session.force_spinning_stop": "1"}
+CONFIGURATION = {
+    "session.force_spinning_stop": "1",
+    # Products with weights that a graph dequantizes are of floats, and stay so where it makes MatMulNBits of them. Its default is 4.
+    "session.qdq_matmulnbits_accuracy_level": "1",
+}
 
 # It takes a Relu away before a QuantizeLinear whose least code is 0, and takes float8 for such (1.32): negative numbers then pass.
 DISABLED = ["ReluQuantRewrite"]

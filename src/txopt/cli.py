@@ -49,7 +49,7 @@ def export(
         typer.Argument(help="a checkpoint's directory, a hub id, package.module:factory, or a folder Optimum exported"),
     ],
     out: Annotated[Path, typer.Argument(help="the directory to make")],
-    target: Annotated[str, typer.Option(help="cpu or cuda; with --scheme static also tensorrt")] = "cpu",
+    target: Annotated[str, typer.Option(help="cpu or cuda; at int8, int4 and fp8 also tensorrt")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, int4 or fp8")] = "fp32",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
@@ -98,7 +98,9 @@ def quantize(
     artifact: ArtifactPath,
     out: Annotated[Path, typer.Argument(help="the directory to make")],
     precision: Annotated[str, typer.Option(help="int8, int4, fp8, fp16 or bf16")] = "int8",
-    target: Annotated[str, typer.Option(help="cpu; with --scheme static also tensorrt, in fp16 also cuda")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="cpu; with --scheme weights or static also tensorrt, in fp16 also cuda")
+    ] = "cpu",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,
