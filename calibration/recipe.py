@@ -84,7 +84,7 @@ class Recipe:
         return cls(scheme=scheme, method=chosen, target=target, size=SIZES.get((precision, chosen)))
 
     def fitted(self, graphs: Iterable[ir.Graph]) -> "Recipe":
-        """The same, with the ``uneven`` weights of ``graphs``: TensorRT takes no block that is shorter than the others."""
+        """The same, with the ``uneven`` weights of ``graphs``: TensorRT has no block that is shorter than the others."""
         block = self.scheme.block
         if self.target == "cpu" or block is None:
             return self

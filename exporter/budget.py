@@ -19,6 +19,7 @@ from txopt.exporter import weights
 from txopt.exporter.attempt import Ground, Progress, graphs_of, lower
 
 SAMPLES = 8  # that sensitivities are measured on
+SCALES = {"cpu": 16, "tensorrt": 32}  # bits of one, in the file
 
 
 def within(ground: Ground, recipe: Recipe, report: Progress) -> tuple[Recipe, Sequence[Sensitivity]]:
@@ -80,7 +81,7 @@ def _cost(blocks: Blocks, recipe: Recipe, graph: str, name: str) -> float:
     if finer is None:
         return float("inf")
     rows, columns = blocks.codes.shape
-    bits = finer.bits * rows + (16 + (0 if finer.symmetric else finer.bits)) * finer.count(rows)
+    bits = finer.bits * rows + (SCALES[recipe.target] + (0 if finer.symmetric else finer.bits)) * finer.count(rows)
     scheme = blocks.scheme
-    bits -= scheme.bits * rows + (16 + (0 if scheme.symmetric else scheme.bits)) * scheme.count(rows)
+    bits -= scheme.bits * rows + (SCALES[recipe.target] + (0 if scheme.symmetric else scheme.bits)) * scheme.count(rows)
     return bits * columns / 8

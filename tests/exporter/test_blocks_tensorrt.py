@@ -203,13 +203,20 @@ def test_an_engine_would_hold_a_table_of_8_bits_twice(tmp_path: Path) -> None:
     assert engine_bytes(tied(scheme), tmp_path) > 2 * each
 
 
-def test_a_block_that_is_shorter_than_the_others_is_refused(tmp_path: Path) -> None:
-    """Why uneven weights have whole columns: to go when this fails."""
-    model = parsed("(float[B,Q,100] x) => (float[B,Q,N] y) { y = MatMul(x, w) }", w=normal(100, 64))
+@pytest.mark.parametrize(("rows", "refused"), [(130, True), (100, False)])
+def test_a_block_that_is_shorter_than_the_others_is_not_understood(rows: int, refused: bool, tmp_path: Path) -> None:
+    """Why uneven weights have whole columns: to go when this fails.
+
+    100 rows in blocks of 64 have two scales a column, which it cannot but take for blocks of 50: it does not look at block_size.
+    """
+    model = parsed(f"(float[B,Q,{rows}] x) => (float[B,Q,N] y) {{ y = MatMul(x, w) }}", w=normal(rows, 64))
     rounded(model, BlockScheme(bits=4, block=64))
     ir.save(model, tmp_path / "uneven.onnx")
-    with pytest.raises(rtx.Refused, match="must divide into whole blocks"):
-        rtx.build(tmp_path / "uneven.onnx")
+    if refused:
+        with pytest.raises(rtx.Refused, match="must divide into whole blocks"):
+            rtx.build(tmp_path / "uneven.onnx")
+    else:
+        assert rtx.build(tmp_path / "uneven.onnx").layers["DEQUANTIZE"] == 1
 
 
 def test_zero_points_are_refused(tmp_path: Path) -> None:
