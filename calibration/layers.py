@@ -80,7 +80,8 @@ def in_blocks(blocks: Mapping[str, Mapping[str, Blocks]], recipe: Recipe, graph:
     scheme = recipe.scheme_of(read.name, graph=graph, role=read.role)
     if scheme is None:
         return Rounded(matrix=read.matrix(), form=None, inputs=_as_they_are)
-    return Rounded(matrix=dequantize(blocks[graph][read.name]), form=form, inputs=by_row_and_block(scheme.block))
+    inputs = by_row_and_block(scheme.block) if recipe.rounds_activations else _as_they_are
+    return Rounded(matrix=dequantize(blocks[graph][read.name]), form=form, inputs=inputs)
 
 
 def in_channels(amax: Mapping[str, Mapping[str, float]], recipe: StaticRecipe, graph: str, read: Read) -> Rounded:

@@ -4,15 +4,17 @@ Owns the choice of scheme and method for each weight; what comes of it weight by
 recipe static.py's.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import ClassVar
 
+import onnx_ir as ir
+
 from txopt.calibration import amax
 from txopt.calibration.blocks import BlockScheme
 from txopt.calibration.formats import FORMATS, FP8, INT8, Format
-from txopt.calibration.linears import Role
+from txopt.calibration.linears import Role, reads
 from txopt.calibration.weights import LOOK_AT_DATA, Method
 from txopt.runtime.errors import UsageError, explain
 
@@ -23,15 +25,17 @@ SCHEMES = {
 }
 METHODS = {"int8": Method.RTN, "int4": Method.DESCENT}
 COLUMNS = BlockScheme(bits=8, block=None)  # the scheme of ROWS
+# Zero points are refused there. Blocks of 64 are among the widths that NVIDIA documents (64, 128) and the narrower of them.
+TENSORRT = {"int8": COLUMNS, "int4": BlockScheme(bits=4, block=64)}
 # Of the bytes of the weights in float32: what is left of it, the most sensitive weights get, in 8 bits instead of 4.
 SIZES = {("int4", Method.DESCENT): 0.17}
-STATIC_TARGETS = ("cpu", "tensorrt")
+TARGETS = ("cpu", "tensorrt")
 
 
 class Scheme(StrEnum):
     """What is known beforehand."""
 
-    WEIGHTS = "weights"  # weights in blocks; activations are rounded as they come, row by row and block by block
+    WEIGHTS = "weights"  # weights in blocks; activations as they are (tensorrt), or rounded as they come, by row and block (cpu)
     ROWS = "rows"  # weights in whole columns; activations are rounded as they come, row by row
     MIXED = "mixed"  # the encoder's linear layers by rows, of which it sees many at once, and the rest in blocks
     STATIC = "static"  # one scale for every activation too: pairs of QuantizeLinear and DequantizeLinear
@@ -42,19 +46,25 @@ class Recipe:
     """A scheme and a method for all weights.
 
     Attributes:
+        target: whose products it is for: ONNX Runtime's ("cpu"), which round activations too, or TensorRT's, which do not.
         encoder: the scheme of the encoder's linear layers, where that is another.
+        uneven: names of the weights that blocks cannot be cut from: they have whole columns of 8 bits.
         finer: names of the weights that lose too much by it: they get the next finer scheme.
         size: bytes of all weights, as a share of those in float32, up to which the most sensitive get it without being asked.
     """
 
     scheme: BlockScheme
     method: Method
+    target: str = "cpu"
     encoder: BlockScheme | None = None
+    uneven: frozenset[str] = frozenset()
     finer: frozenset[str] = frozenset()
     size: float | None = None
 
     @classmethod
-    def of(cls, precision: str, *, method: str | None = None, block: int | None = None) -> "Recipe":
+    def of(
+        cls, precision: str, target: str = "cpu", *, method: str | None = None, block: int | None = None
+    ) -> "Recipe":
         """The recipe of "int8" or "int4", with what a user says otherwise.
 
         Raises:
@@ -67,9 +77,18 @@ class Recipe:
             raise UsageError(f"precision: expected one of {known} to quantize, got {precision!r}")
         if method is not None and method not in tuple(Method):
             raise UsageError(f"method: expected one of {', '.join(Method)}, got {method!r}")
-        scheme = SCHEMES[precision] if block is None else replace(SCHEMES[precision], block=block)
+        schemes = TENSORRT if target == "tensorrt" else SCHEMES
+        scheme = schemes[precision] if block is None else replace(schemes[precision], block=block)
         chosen = METHODS[precision] if method is None else Method(method)
-        return cls(scheme=scheme, method=chosen, size=SIZES.get((precision, chosen)))
+        return cls(scheme=scheme, method=chosen, target=target, size=SIZES.get((precision, chosen)))
+
+    def fitted(self, graphs: Iterable[ir.Graph]) -> "Recipe":
+        """The same, with the ``uneven`` weights of ``graphs``: TensorRT has no block that is shorter than the others."""
+        block = self.scheme.block
+        if self.target == "cpu" or block is None:
+            return self
+        found = {read.name for graph in graphs for read in reads(graph) if read.size % block}
+        return replace(self, uneven=frozenset(found))
 
     @classmethod
     def by_rows(cls, precision: str, *, mixed: bool, method: str | None = None, block: int | None = None) -> "Recipe":
@@ -91,14 +110,24 @@ class Recipe:
 
         Finer ones have blocks no longer than the others: activations are rounded by blocks, too, and should not lose by it.
         """
-        linear = graph == "encoder" and role is Role.LINEAR
-        scheme = self.encoder if linear and self.encoder is not None else self.scheme
+        if name in self.uneven:
+            scheme = COLUMNS
+        else:
+            linear = graph == "encoder" and role is Role.LINEAR
+            scheme = self.encoder if linear and self.encoder is not None else self.scheme
         if name not in self.finer:
             return scheme
+        if self.target == "tensorrt":
+            return COLUMNS if scheme.bits < COLUMNS.bits else None
         finer = SCHEMES["int8"]
         if scheme.bits == finer.bits and scheme.block is not None:
             return None
         return replace(finer, block=min(each for each in (finer.block, scheme.block, self.scheme.block) if each))
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether products round what they multiply weights with, too."""
+        return self.target == "cpu"
 
     @property
     def looks_at_data(self) -> bool:
@@ -160,8 +189,8 @@ class StaticRecipe:
         problems = []
         if precision not in FORMATS:
             problems.append(f"precision: expected one of {', '.join(FORMATS)}, got {precision!r}")
-        if target not in STATIC_TARGETS:
-            problems.append(f"target: expected one of {', '.join(STATIC_TARGETS)}, got {target!r}")
+        if target not in TARGETS:
+            problems.append(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
         elif precision == FP8.name and target == "cpu":
             problems.append("precision: fp8 is for the tensorrt target, for no CPU multiplies in it, got target 'cpu'")
         if method is not None and method not in amax.METHODS:
@@ -187,10 +216,13 @@ def recipe_of(
         raise UsageError(f"scheme: expected one of {', '.join(Scheme)}, got {scheme!r}")
     if scheme == Scheme.STATIC:
         return StaticRecipe.of(precision, target, method=method, block=block)
+    if scheme == Scheme.WEIGHTS:
+        if target not in TARGETS:
+            raise UsageError(f"target: expected one of {', '.join(TARGETS)} for weights of integers, got {target!r}")
+        return Recipe.of(precision, target, method=method, block=block)
     if target != "cpu":
         raise UsageError(
-            f"target: expected cpu, which has operators for such weights, got {target!r}; for tensorrt take the scheme static"
+            f"target: expected cpu, which alone rounds activations row by row, got {target!r}; "
+            "for tensorrt take the scheme weights or static"
         )
-    if scheme == Scheme.WEIGHTS:
-        return Recipe.of(precision, method=method, block=block)
     return Recipe.by_rows(precision, mixed=scheme == Scheme.MIXED, method=method, block=block)

@@ -33,6 +33,7 @@ from txopt.exporter import products, weights
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.lowering.activations import round_activations
 from txopt.exporter.lowering.floats import raise_blocks
+from txopt.exporter.lowering.tied import turn_tables
 from txopt.runtime import cases
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.files import MANIFEST
@@ -109,9 +110,8 @@ def attempt(
     floats = {name: model.clone() for name, model in models.items()}
     for model in floats.values():
         unfold(model.graph)
-    write_answers(artifact, _meant(floats, blocks), directory)
-    for model in models.values():
-        LOWERINGS[ground.target](model, ground.precision)
+    write_answers(artifact, _meant(floats, blocks) if recipe.rounds_activations else floats, directory)
+    lower(models, ground)
     proved = products.prove(models, blocks)
     around = _around(artifact, models, floats, blocks)
     manifest, verdict = finish(ground, models, writer, report)
@@ -125,6 +125,17 @@ def attempt(
         "loss": verdict.certificate(),
     }
     return Attempt(manifest=replace(manifest, calibration=calibration), verdict=verdict)
+
+
+def lower(models: Mapping[str, ir.Model], ground: Ground) -> None:
+    """The quantized ``models``, changed in place to what the target opens."""
+    if (
+        ground.target == "tensorrt"
+    ):  # which reads DequantizeLinear as it is, and knows none of ONNX Runtime's own operators
+        turn_tables(models.values())
+    else:
+        for model in models.values():
+            LOWERINGS[ground.target](model, ground.precision)
 
 
 def finish(
@@ -169,8 +180,11 @@ def clear(directory: Path) -> None:
 
 def _scheme(recipe: Recipe) -> dict[str, Any]:
     encoder = {} if recipe.encoder is None else {"encoder": {**vars(recipe.encoder), "activations": "int8 by row"}}
-    activations = "int8 by row" if recipe.scheme.block is None else "int8 by row and block"
-    return {**vars(recipe.scheme), "method": str(recipe.method), "activations": activations, **encoder}
+    activations = "float32"
+    if recipe.rounds_activations:
+        activations = "int8 by row" if recipe.scheme.block is None else "int8 by row and block"
+    uneven = {"uneven": sorted(recipe.uneven)} if recipe.uneven else {}
+    return {**vars(recipe.scheme), "method": str(recipe.method), "activations": activations, **encoder, **uneven}
 
 
 def finer(found: Sequence[Sensitivity], recipe: Recipe | StaticRecipe) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ from txopt.calibration.quantize import put
 from txopt.calibration.recipe import Recipe
 from txopt.calibration.sensitivity import Sensitivity, alone_in_blocks, sensitivities
 from txopt.exporter import weights
-from txopt.exporter.attempt import Ground, Progress, graphs_of
-from txopt.exporter.lowering import LOWERINGS
+from txopt.exporter.attempt import Ground, Progress, graphs_of, lower
 
 SAMPLES = 8  # that sensitivities are measured on
+SCALES = {"cpu": 16, "tensorrt": 32}  # bits of one, in the file
 
 
 def within(ground: Ground, recipe: Recipe, report: Progress) -> tuple[Recipe, Sequence[Sensitivity]]:
@@ -77,7 +77,7 @@ def _written(ground: Ground, recipe: Recipe) -> int:
     blocks = ground.rounder.blocks(models, recipe)
     for name, model in models.items():
         put(model.graph, blocks[name])
-        LOWERINGS[ground.artifact.manifest.target](model, ground.precision)
+    lower(models, ground)
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         weights.write(models, Path(folder))
         return (Path(folder) / weights.FILE).stat().st_size
@@ -89,7 +89,7 @@ def _cost(blocks: Blocks, recipe: Recipe, graph: str, name: str, role: Role) -> 
     if finer is None:
         return float("inf")
     rows, columns = blocks.codes.shape
-    bits = finer.bits * rows + (16 + (0 if finer.symmetric else finer.bits)) * finer.count(rows)
+    bits = finer.bits * rows + (SCALES[recipe.target] + (0 if finer.symmetric else finer.bits)) * finer.count(rows)
     scheme = blocks.scheme
-    bits -= scheme.bits * rows + (16 + (0 if scheme.symmetric else scheme.bits)) * scheme.count(rows)
+    bits -= scheme.bits * rows + (SCALES[recipe.target] + (0 if scheme.symmetric else scheme.bits)) * scheme.count(rows)
     return bits * columns / 8

@@ -2,7 +2,8 @@
 
 Shows that codes, scales and zero points lie where the operator looks for them, to float32's rounding, whatever the activations are
 rounded to when the graph runs as a whole. It judges neither the rounding nor the graph around the products. Products in blocks
-are computed with activations in float32 for it; those of whole columns with integers, as always (row_products.py).
+are computed with activations in float32 for it; those of whole columns with integers, as always (row_products.py). Where the graph
+dequantizes weights itself, the products are of floats (dequantized_products.py).
 """
 
 import tempfile
@@ -16,7 +17,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from txopt.calibration.blocks import Blocks, dequantize
-from txopt.exporter import row_products
+from txopt.exporter import dequantized_products, row_products
+from txopt.exporter.dequantized_products import dequantizer
 from txopt.exporter.lowering import rows
 from txopt.exporter.lowering.blocks import CONTRIB, weight_of
 from txopt.runtime.backends.ort import Runner
@@ -53,9 +55,11 @@ def prove(models: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Bloc
     errors: dict[str, float] = {}
     for graph, model in models.items():
         for node in model.graph:
-            if node.op_type in _ERRORS:
-                weight = dequantize(blocks[graph][weight_of(node)])
-                errors[f"{graph}: {node.name}"] = _ERRORS[node.op_type](node, weight, drawn)
+            made = dequantizer(node)
+            if made is not None or node.op_type in _ERRORS:
+                weight = dequantize(blocks[graph][weight_of(node if made is None else made)])
+                error = dequantized_products.error if made is not None else _ERRORS[node.op_type]
+                errors[f"{graph}: {node.name or node.outputs[0].name}"] = error(node, weight, drawn)
     wrong = [f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
     if wrong:
         title = f"integers do not stand for the weights that they were made of (allowed {TOLERANCE:.0e}); a defect of txopt:"

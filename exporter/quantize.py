@@ -59,13 +59,13 @@ class Options:
 
     Attributes:
         precision: "int8", "int4" or "fp8"; "fp16" or "bf16".
-        target: what the graphs are for: "cpu"; of the static scheme also "tensorrt", of "fp16" also "cuda".
+        target: what the graphs are for: "cpu"; of the schemes "weights" and "static" also "tensorrt", of "fp16" also "cuda".
         calibration: see ``calibration.data.read``; None: made up, with a warning.
         max_loss: points of the metric that may be lost; None: measured, not limited.
         metric: its name; None: chosen by what the artifact does.
         scheme: "weights" (in blocks), "rows", "mixed" or "static" (recipe.Scheme).
         method: how codes are found (weights.Method), None: as recipe.METHODS; of the static scheme, how ranges are (amax.METHODS).
-        block: rows of a weight with one scale; None: as recipe.SCHEMES.
+        block: rows of a weight with one scale; None: as recipe.SCHEMES, or recipe.TENSORRT.
         limit: most samples that are measured.
         steps: which positions calibration sees.
         ranges: of the static scheme, where ranges of activations are read from, or written to where nothing is.
@@ -229,7 +229,7 @@ def _in_blocks(
     ground: Ground, recipe: Recipe, writer: ArtifactWriter, report: Progress, sheet: Sheet | None
 ) -> Attempt:
     artifact, models, rounder = ground.artifact, graphs_of(ground.artifact), ground.rounder
-    recipe, known = within(ground, recipe, report)
+    recipe, known = within(ground, recipe.fitted(model.graph for model in models.values()), report)
 
     def made(recipe: Recipe, found: Sequence[Sensitivity]) -> Attempt:
         return attempt(ground, recipe, writer, report, found)

@@ -109,7 +109,10 @@ def test_2_an_export_with_options_of_another_precision_or_scheme(tmp_path: Path)
     for given, said in (
         (("--precision", "fp16", "--scheme", "static"), "scheme: is for int8, int4, fp8; leave it out at fp16"),
         (("--precision", "int4", "--scheme", "static"), "precision: expected one of int8, fp8, got 'int4'"),
-        (("--precision", "int8", "--target", "tensorrt"), "for tensorrt take the scheme static"),
+        (
+            ("--precision", "int8", "--target", "tensorrt", "--scheme", "rows"),
+            "for tensorrt take the scheme weights or static",
+        ),
         (("--precision", "int8", "--scheme", "static", "--method", "gptq"), "method: expected one of absmax"),
     ):
         done = txopt("export", SOURCE, tmp_path / "out", *given)

@@ -26,8 +26,8 @@ def lower_blocks(model: ir.Model) -> None:
 
 
 def weight_of(node: ir.Node) -> str:
-    """The name of the weight that ``node``, an operator of ``lower_blocks`` or a product of ``lower_rows``, reads."""
-    codes = node.inputs[0 if node.op_type == "GatherBlockQuantized" else 1]
+    """The name of the weight that ``node`` reads: an operator of ``lower_blocks``, a product of ``lower_rows``, a DequantizeLinear."""
+    codes = node.inputs[0 if node.op_type in ("GatherBlockQuantized", "DequantizeLinear") else 1]
     assert codes is not None, "such an operator has codes"
     turned = codes.producer()  # a head's Transpose
     codes = codes if turned is None else turned.inputs[0]

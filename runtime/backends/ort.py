@@ -26,6 +26,8 @@ CONFIGURATION = {
     "session.force_spinning_stop": "1",
     # x86 without VNNI would add pairs of products of int8 in 16 bits, which saturate; slower kernels do not. Others ignore it.
     "session.x64quantprecision": "1",
+    # Products with weights that a graph dequantizes are of floats, and stay so where it makes MatMulNBits of them. Its default is 4.
+    "session.qdq_matmulnbits_accuracy_level": "1",
 }
 
 DISABLED = [

@@ -99,7 +99,9 @@ def quantize(
     artifact: ArtifactPath,
     out: Annotated[Path, typer.Argument(help="the directory to make")],
     precision: Annotated[str, typer.Option(help="int8, int4, fp8, fp16 or bf16")] = "int8",
-    target: Annotated[str, typer.Option(help="cpu; with --scheme static also tensorrt, in fp16 also cuda")] = "cpu",
+    target: Annotated[
+        str, typer.Option(help="cpu; with --scheme weights or static also tensorrt, in fp16 also cuda")
+    ] = "cpu",
     calibration: Calibration = None,
     max_loss: MaxLoss = None,
     metric: Metric = None,

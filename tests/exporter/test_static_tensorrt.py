@@ -1,17 +1,16 @@
 """Static products for TensorRT: the files of the artifact build in TensorRT-RTX, and are those that ONNX Runtime runs and proves."""
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-import transformers
 from onnx import TensorProto
 
 from tests.calibration.graphs import graph, node
 from tests.exporter import rtx
+from tests.exporter.models import hearing_a_second
 from txopt.calibration.formats import FORMATS
 from txopt.exporter import weights
 from txopt.exporter.attempt import graphs_of
@@ -36,13 +35,11 @@ def sources(
     checkpoints: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Callable[[], Artifact]]:
-    """How to make the artifacts of FAMILIES in float32; Whisper hears a second, as long as its few positions last."""
+    """How to make the artifacts of FAMILIES in float32."""
 
     def whisper() -> Artifact:
         folder = tmp_path_factory.mktemp("whisper")
-        shutil.copytree(checkpoints("whisper"), folder / "checkpoint")
-        transformers.WhisperFeatureExtractor(chunk_length=1).save_pretrained(folder / "checkpoint")
-        return export(folder / "checkpoint", folder / "artifact")
+        return export(hearing_a_second(checkpoints("whisper"), folder / "checkpoint"), folder / "artifact")
 
     return {"g2p": lambda: g2p, "t5": lambda: artifacts("t5"), "whisper": whisper}
 
@@ -168,7 +165,7 @@ def test_a_cache_in_8_bits_is_refused(tmp_path: Path) -> None:
     [
         ({"precision": "fp8", "scheme": "static"}, "fp8 is for the tensorrt target"),
         ({"precision": "fp8"}, "precision: fp8 is for --scheme static --target tensorrt"),
-        ({"target": "tensorrt"}, "target: expected cpu, which has operators for such weights"),
+        ({"target": "tensorrt", "scheme": "rows"}, "target: expected cpu, which alone rounds activations row by row"),
         ({"target": "cuda", "scheme": "static"}, "target: expected one of cpu, tensorrt"),
     ],
 )
