@@ -77,6 +77,10 @@ class Agreement:
             else np.array([(values.sum(), values.size) for values in divergence], np.float64),
         )
 
+    @property
+    def samples(self) -> int:
+        return len(self.forced)
+
     def estimates(self) -> dict[str, Estimate]:
         """Shares in percent, divergence in nats, with intervals over the samples; by the names that a certificate has."""
         found = {

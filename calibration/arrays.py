@@ -1,7 +1,8 @@
 """Calibration data that is arrays already: the encoder's inputs by name, in an .npz file, a mapping, or an iterable of mappings.
 
-Owns how such arrays become samples: the first axis is samples, padding is cut off where a mask says so, and "labels" int64 [n,L] are
-the references, padded with -100 or the padding id. What fits the graph is padding.py's and the runtime's to say.
+Owns how such arrays become samples: the first axis is samples, padding is cut off where a mask says so, and "labels" are the
+references: int64 [n,L], padded with -100 or the padding id, or [n] and [n,C] as an encoder alone is asked (classes.py). What fits the
+graph is padding.py's and the runtime's to say.
 """
 
 from collections.abc import Iterator, Mapping
@@ -86,8 +87,8 @@ def _labels(arrays: Mapping[str, Any], count: int) -> Any:
     if LABELS not in arrays:
         return None
     labels = as_array(LABELS, arrays[LABELS])
-    if labels.ndim != 2 or labels.dtype.kind not in "iu" or len(labels) != count:
+    if labels.ndim not in (1, 2) or labels.dtype.kind not in "iufb" or len(labels) != count:
         raise InputError(
-            f"labels: expected integers [{count},L], padded with -100, found {labels.dtype} {list(labels.shape)}"
+            f"labels: expected numbers [{count}] or [{count},L], padded with -100, found {labels.dtype} {list(labels.shape)}"
         )
     return labels

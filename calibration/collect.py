@@ -1,7 +1,8 @@
 """What the weights of a model see: its decode loop run over samples, and the inputs of every product observed.
 
 Encoder once for each source, then every decode step, by teacher forcing along the references, or along what the model itself said
-where there are none; padding is left out. Owns which tokens are fed. What is kept of the values is the observers' choice.
+where there are none; of an encoder alone, the encoder once; padding is left out. Owns which tokens are fed. What is kept of the values
+is the observers' choice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,7 +85,10 @@ class Fed:
 
 
 def fed(kind: str, batch: Batch, said: Said | None, steps: Steps) -> Iterator[Fed]:
-    """One batch under teacher forcing; a decoder alone takes its rows one by one."""
+    """One batch under teacher forcing; a decoder alone takes its rows one by one, an encoder alone no tokens."""
+    if kind == "encoder":
+        yield Fed(batch.feeds, np.zeros((len(batch.indices), 0), np.int64), [0] * len(batch.indices))
+        return
     targets = [_target(batch, row, index, said) for row, index in enumerate(batch.indices)]
     if steps is Steps.FIRST:
         targets = [target[:1] for target in targets]

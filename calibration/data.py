@@ -17,6 +17,7 @@ import numpy as np
 from txopt.calibration import arrays as array_data
 from txopt.calibration import synthetic
 from txopt.calibration.choice import POOL, Candidate, Pool, place, spread
+from txopt.calibration.classes import Classes
 from txopt.calibration.modalities import Arrays, Modality, Texts, digest_of, modality_of
 from txopt.calibration.padding import Padding
 from txopt.calibration.problems import Problems
@@ -118,7 +119,7 @@ def _found(
         check_suffix(path, kind)
         if path.suffix.lower() == ARRAYS:
             return str(path), array_data.of_npz(path, padding, problems), True
-        return str(path), of_file(path, kind, problems), False
+        return str(path), of_file(path, kind, problems, classes=model.manifest.kind == "encoder"), False
     if isinstance(data, Mapping):
         return "arrays", array_data.of_mapping(data, "arrays", padding, problems), True
     if not isinstance(data, Iterable) or isinstance(data, bytes | bytearray | np.ndarray):
@@ -136,7 +137,7 @@ def _found(
             f"expected mappings of the encoder's inputs by name, found {show(type(first[0]).__name__)}; "
             "this artifact has no tokenizer or processor"
         )
-    return "items", of_items(every, problems), False
+    return "items", of_items(every, problems, classes=model.manifest.kind == "encoder"), False
 
 
 def _measured(
@@ -168,6 +169,7 @@ class _Prepared:
         frontend = model.manifest.frontend
         named = "tokenizer" in frontend or "target_tokenizer" in frontend
         self._decoder = TextDecoder(model.artifact.path, frontend) if named else None
+        self._classes = Classes(model.manifest) if model.manifest.kind == "encoder" else None
 
     def add(self, candidate: Candidate[Source], problems: Problems) -> None:
         source = candidate.item
@@ -191,7 +193,7 @@ class _Prepared:
             found=pool.found,
             duplicates=pool.duplicates + self._twins,
             samples=len(self.entries),
-            references=len(labels),
+            references=sum(entry.has_reference for entry in self.entries),
             places=sum(max(entry.sizes.values(), default=0) for entry in self.entries),
             label_tokens=sum(map(len, labels)),
             seconds=round(sum(entry.length for entry in self.entries), 3) if unit == "seconds" else None,
@@ -211,6 +213,7 @@ class _Prepared:
         given = options.pop("decoder_input_ids", None)
         self.options = options
         prompt, labels = np.zeros(0, np.int64), None
+        answer = None if self._classes is None else self._classes.of(source, _tokens(feeds))
         if self._manifest.cache is not None:
             targets = Targets(self._manifest, self._decoder, options)
             if "encoder" in self._manifest.graphs:
@@ -229,6 +232,7 @@ class _Prepared:
             rigid=self._padding.rigid(feeds),
             prompt=prompt,
             labels=labels,
+            answer=answer,
         )
 
     def _labels(self, targets: Targets, source: Source, prompt: int) -> Ids | None:
@@ -241,6 +245,11 @@ class _Prepared:
         fitting = targets.fitting(labels, prompt)
         self._cut_targets += len(fitting) < len(labels)
         return fitting if len(fitting) else None
+
+
+def _tokens(feeds: Mapping[str, Any]) -> int:
+    """How many places a source has, where these are tokens."""
+    return int(feeds["input_ids"].shape[1]) if "input_ids" in feeds else 0
 
 
 def _bytes_of_labels(source: Source) -> bytes:

@@ -52,8 +52,11 @@ def said(model: Model, samples: Samples, *, progress: Progress | None = None) ->
 
 
 def continued(model: Model, samples: Samples, *, progress: Progress | None = None) -> Said | None:
-    """What ``model`` itself says to ``samples``, for teacher forcing where some have no reference; None where all have one."""
-    if all(entry.labels is not None for entry in samples.entries):
+    """What ``model`` itself says to ``samples``, for teacher forcing where some have no reference.
+
+    None where all have one, and of an encoder alone, which says nothing.
+    """
+    if model.manifest.kind == "encoder" or all(entry.labels is not None for entry in samples.entries):
         return None
     return said(model, samples, progress=progress)
 

@@ -1,7 +1,7 @@
 """The loss gate: what quantization cost in the task's own metric, and whether that is allowed.
 
 Owns the verdict and its certificate. It runs no model and counts nothing itself: it is given what two artifacts said to the same
-samples, and where there is nothing to compare with but the fp32 artifact, that one's texts are the references.
+samples, and where there is nothing to compare with but the fp32 artifact, what that one said are the references.
 
 The loss over all samples decides, its point estimate, not the upper end of its interval: a few hundred samples leave an interval of
 about a point, and a limit of 0.3 would refuse nearly everything. The interval is in the certificate, and where its upper end is over
@@ -13,9 +13,8 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from txopt.calibration.agreement import Agreement
 from txopt.calibration.bootstrap import CONFIDENCE, RESAMPLES, SEED, Comparison, Estimate, compare
 from txopt.calibration.metrics import Metric, References
 from txopt.runtime.errors import ArtifactError, InputError, LossError, UsageError, explain
@@ -25,6 +24,17 @@ logger = logging.getLogger(__name__)
 
 # Points. Figures are differences of float64 numbers near 100; without it, 5.3 - 5.0 would pass 0.3 or not by chance.
 _RESOLUTION = 9  # decimal places
+
+
+class Alike(Protocol):
+    """Agreement of models that generate (agreement.py), or likeness of encoders' answers (likeness.py)."""
+
+    @property
+    def samples(self) -> int:
+        """How many were compared."""
+
+    def estimates(self) -> dict[str, Estimate]:
+        """By the names of a certificate, the most telling first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +53,9 @@ class Verdict:
     Attributes:
         compared: the data and the two artifacts.
         metric: its name. signature: its rules and versions; figures are comparable where it is equal.
-        references: "data", or "baseline" where the fp32 artifact's own texts took the place of references.
+        references: "data", or "baseline" where what the fp32 artifact said took the place of references.
         comparison: both figures and the loss, in points.
-        agreement: with the fp32 artifact, see ``agreement.Agreement.estimates``.
+        agreement: with the fp32 artifact, see ``Alike.estimates``.
         max_loss: points that may be lost; None: measured, not limited.
     """
 
@@ -60,6 +70,11 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return not any(True for _ in self._problems())
+
+    @property
+    def headline(self) -> tuple[str, Estimate]:
+        """The agreement that stands for all of them, with its name."""
+        return next(iter(self.agreement.items()))
 
     def require(self) -> "Verdict":
         """Itself, or LossError that says what was lost and what can be done."""
@@ -109,19 +124,19 @@ def judge(
     metric: Metric,
     *,
     references: References | None,
-    baseline: Sequence[str],
-    candidate: Sequence[str],
-    agreement: Agreement,
+    baseline: Sequence[Any],
+    candidate: Sequence[Any],
+    agreement: Alike,
     compared: Compared,
     max_loss: float | None = None,
 ) -> Verdict:
     """Measures what ``candidate`` lost; the caller asks ``Verdict.require`` before anything is left behind.
 
     Args:
-        metric: see ``metrics.pick``.
-        references: for each of N samples the texts that would be right; None: what the fp32 artifact said.
-        baseline, candidate: what the fp32 and the quantized artifact said, N texts each.
-        agreement: of their tokens, over the same N samples.
+        metric: see ``metrics.pick`` and ``heads.Head.metric``.
+        references: for each of N samples what would be right; None: what the fp32 artifact said.
+        baseline, candidate: what the fp32 and the quantized artifact said, N texts or answers each.
+        agreement: of both, over the same N samples.
         compared: what to write into the certificate.
         max_loss: points that may be lost, 0 or more.
 
@@ -130,11 +145,11 @@ def judge(
         InputError: no samples, not as many of one kind as of another, or samples that cannot be measured.
     """
     check_limit(metric.name, max_loss)
-    if len(agreement.forced) != len(baseline):
+    if agreement.samples != len(baseline):
         raise InputError(
-            f"loss gate: expected the agreement of {len(baseline)} samples, found that of {len(agreement.forced)}"
+            f"loss gate: expected the agreement of {len(baseline)} samples, found that of {agreement.samples}"
         )
-    right = [[text] for text in baseline] if references is None else references
+    right = [[one] for one in baseline] if references is None else references
     before, after = metric.measure(baseline, right), metric.measure(candidate, right)
     verdict = Verdict(
         compared=compared,

@@ -1,8 +1,9 @@
 """What said text is worth beside its references: counts for each sample, and a corpus figure from their sum.
 
-Owns the metrics, how text is made comparable for them, and which of them an artifact is judged by. It compares no systems and knows no
-limits: ``bootstrap`` and ``gate`` do. Figures are points, 0 to 100 (error rates may pass 100). S, D, I are substitutions, deletions
-and insertions of the shortest edit (Levenshtein) from a reference to what was said. Where a sample has several references:
+Owns the metrics, how text is made comparable for them, and which of them an artifact that generates is judged by; what an encoder
+alone answers is counted in answer_metrics.py. It compares no systems and knows no limits: ``bootstrap`` and ``gate`` do. Figures are
+points, 0 to 100 (error rates may pass 100). S, D, I are substitutions, deletions and insertions of the shortest edit (Levenshtein)
+from a reference to what was said. Where a sample has several references:
 
 | metric | points, summed over all samples | of several references |
 |---|---|---|
@@ -35,13 +36,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from txopt.calibration.answer_metrics import count_cosines, count_right, count_squares, r_squared
 from txopt.calibration.bootstrap import Figures, Statistics, percent
 from txopt.runtime.errors import InputError, MissingDependencyError, UsageError, explain
 from txopt.runtime.frontend import kind_of
 
-References = Sequence[Sequence[str]]
+References = Sequence[Sequence[Any]]  # texts, or of an encoder alone answers (heads.py)
 # Counts of each sample [N,C], and the rules that they were counted by, sacrebleu's signature or one in its style.
-Count = Callable[[Sequence[str], References], tuple[Statistics, str]]
+Count = Callable[[Sequence[Any], References], tuple[Statistics, str]]
 
 # Languages written without spaces between words: by ISO 639-1 and 639-3, and as Whisper calls them.
 _CODES = ("zh", "zho", "cmn", "yue", "wuu", "ja", "jpn", "th", "tha", "lo", "lao", "km", "khm", "my", "mya")
@@ -53,19 +55,19 @@ _MOST_PROBLEMS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A way to judge text. ``figures`` turns sums [R,C] of rows of counts into points [R]."""
+    """A way to judge text, or answers. ``figures`` turns sums [R,C] of rows of counts into points [R]."""
 
     name: str
     higher_is_better: bool
     count: Count
     figures: Figures
 
-    def measure(self, said: Sequence[str], references: References) -> "Measured":
+    def measure(self, said: Sequence[Any], references: References) -> "Measured":
         """Counts each of N samples.
 
         Args:
-            said: N texts.
-            references: for each of them, at least one text that would have been right.
+            said: N texts, or answers.
+            references: for each of them, at least one that would have been right.
 
         Raises:
             InputError: nothing to judge, samples without a reference, or references that hold no words.
@@ -95,13 +97,15 @@ def metric(name: str) -> Metric:
         UsageError: no metric is called so.
         MissingDependencyError: it needs jiwer or sacrebleu, which is not installed.
     """
+    if name in OF_ANSWERS:
+        return OF_ANSWERS[name]
     if name not in METRICS:
-        raise UsageError(f"expected a metric, one of {', '.join(METRICS)}; found {name!r}")
+        raise UsageError(f"expected a metric, one of {', '.join((*METRICS, *OF_ANSWERS))}; found {name!r}")
     return METRICS[name](name)
 
 
 def pick(task: str, *, has_references: bool, frontend: Mapping[str, Any], language: str | None = None) -> str:
-    """The name of the metric that an artifact is judged by, unless its user names another.
+    """The name of the metric that an artifact that generates is judged by, unless its user names another.
 
     Without references it is "exact-match" with what the fp32 artifact says: no quality is measured, only change. With references:
 
@@ -112,20 +116,15 @@ def pick(task: str, *, has_references: bool, frontend: Mapping[str, Any], langua
     | "grapheme-to-phoneme" | word-error | what the field publishes; a word with one wrong phoneme is wrong |
     | any other text out | chrf | short texts often have no 4-gram in common, and bleu is then 0 or smoothing; it needs no |
     | | | tokenizer, and agrees with human judges at least as well (Kocmi et al., "To Ship or Not to Ship", WMT 2021) |
-    | classifies, or has ids for text | exact-match | there is nothing in between |
+    | has ids for text | exact-match | there is nothing in between |
 
     Args:
         task: the manifest's, or one of the two above, which no manifest tells.
         has_references: whether the data says what is right.
         frontend: the manifest's.
         language: what it speaks, where it has a choice; by default the front end's target language.
-
-    Raises:
-        UsageError: the artifact gives vectors, which no metric here judges.
     """
-    if task == "embedding":
-        raise UsageError('task "embedding": its vectors are no text; no metric of the loss gate can judge them')
-    if not has_references or kind_of(frontend) == "arrays" or task.endswith("-classification"):
+    if not has_references or kind_of(frontend) == "arrays":
         return "exact-match"
     spoken = (language or frontend.get("target_language") or "").lower().strip("<|>")
     spaced = re.split(r"[-_]", spoken)[0] not in UNSPACED
@@ -159,7 +158,8 @@ def _problems(said: Sequence[str], references: References) -> list[str]:
         for index, texts in enumerate(references)
         if isinstance(texts, str) or not texts
     ]
-    if not problems and not any(text.strip() for texts in references for text in texts):
+    every = [text for texts in references for text in texts]
+    if not problems and all(isinstance(text, str) and not text.strip() for text in every):
         problems.append("expected references with words in them; all are empty")
     return problems
 
@@ -242,4 +242,10 @@ METRICS: dict[str, Callable[[str], Metric]] = {
     "exact-match": partial(_share, of_wrong=False),
     "bleu": _sacrebleu,
     "chrf": _sacrebleu,
+}
+# Of encoders alone: which of them one is judged by is heads.py's.
+OF_ANSWERS = {
+    "accuracy": Metric(name="accuracy", higher_is_better=True, count=count_right, figures=percent),
+    "r-squared": Metric(name="r-squared", higher_is_better=True, count=count_squares, figures=r_squared),
+    "cosine": Metric(name="cosine", higher_is_better=True, count=count_cosines, figures=percent),
 }

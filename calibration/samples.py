@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
+from numpy.typing import NDArray
+
 from txopt.calibration.modalities import Modality
 from txopt.calibration.padding import Feeds, Sizes
 from txopt.calibration.sources import Source
@@ -39,7 +41,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is known of a sample without making it: ``sizes`` that a batch may pad, ``rigid`` ones that it may not."""
+    """What is known of a sample without making it: ``sizes`` that a batch may pad, ``rigid`` ones that it may not.
+
+    ``answer`` is what an encoder alone should answer (classes.py), None where there is no reference.
+    """
 
     source: Source
     digest: bytes
@@ -48,6 +53,11 @@ class Entry:
     rigid: tuple[int, ...]
     prompt: Ids
     labels: Ids | None
+    answer: NDArray[Any] | None = None
+
+    @property
+    def has_reference(self) -> bool:
+        return self.labels is not None or self.answer is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +132,7 @@ class Samples(Sequence[Sample]):
         counts = replace(
             self.counts,
             samples=len(entries),
-            references=len(labels),
+            references=sum(entry.has_reference for entry in entries),
             places=sum(max(entry.sizes.values(), default=0) for entry in entries),
             label_tokens=sum(map(len, labels)),
             seconds=None if self.counts.seconds is None else round(sum(entry.length for entry in entries), 3),

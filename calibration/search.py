@@ -26,7 +26,7 @@ class Point:
     Attributes:
         bytes: of the weights' file.
         loss: points of the metric that were lost.
-        agreement: percent of tokens chosen alike under teacher forcing.
+        agreement: with the fp32 artifact, in percent. alike: its name (gate.Verdict.headline).
         finer: names of the weights in a finer scheme.
         passed: whether the gate lets it through.
         speed: beside the fp32 artifact; None where it was not measured.
@@ -38,13 +38,14 @@ class Point:
     finer: tuple[str, ...]
     passed: bool
     speed: Speed | None = None
+    alike: str = "forced_tokens"
 
     def to_json(self) -> dict[str, Any]:
         """For the certificate: all but the speed, for equal runs are equal bytes."""
         return {
             "weights_bytes": self.bytes,
             "loss": self.loss.to_json(),
-            "forced_tokens": self.agreement.to_json(),
+            self.alike: self.agreement.to_json(),
             "finer": list(self.finer),
             "passed": self.passed,
         }

@@ -1,8 +1,8 @@
 """What rounding one weight alone does to a model: how far it moves the distributions of a decode loop.
 
 Measured on what is generated, not on the weight: every decode step of some samples, under teacher forcing, all other weights in
-float32. In static int8 a product is rounded alone, its weight and its input. Owns the measurement; what is done about sensitive
-weights is search.py's.
+float32; of an encoder alone on its answers (heads.apart). In static int8 a product is rounded alone, its weight and its input. Owns
+the measurement; what is done about sensitive weights is search.py's.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,20 +15,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from txopt.calibration import static
-from txopt.calibration.agreement import divergences
 from txopt.calibration.batches import batches
 from txopt.calibration.blocks import Blocks, dequantize
 from txopt.calibration.collect import Fed, Steps, fed
 from txopt.calibration.evaluate import BATCH, Said
-from txopt.calibration.forced import Forced
+from txopt.calibration.forced import Forced, Seen
 from txopt.calibration.formats import Format
+from txopt.calibration.heads import Head, apart, head_of
 from txopt.calibration.linears import Role, reads
 from txopt.calibration.samples import Samples
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.frontend import kind_of
 
 Array = NDArray[Any]
-_LOGITS = {"decoder": ["logits"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,22 +123,30 @@ def sensitivities(
         said: what the artifact itself said, for samples without a reference.
         progress: weights done, and weights there are.
     """
-    asked = list(_asked(artifact, samples, said, most))
-    both = {name: (_LOGITS["decoder"] if name == "decoder" else []) for name in artifact.manifest.graphs}
+    asked, head = list(_asked(artifact, samples, said, most)), head_of(artifact.manifest)
+    # A decoder's words are distributions over labels, too.
+    moved = partial(apart, head or Head.TOKENS)
+    taps = {"encoder": [] if head is None else [head.output], "decoder": ["logits"]}
+    taps = {name: taps[name] for name in artifact.manifest.graphs}
     found = []
-    with Forced(artifact, both) as whole:
-        given = [whole.encoded(each.inputs) for each in asked]
-        before = [_logits(whole, each, sources) for each, sources in zip(asked, given, strict=True)]
+    with Forced(artifact, taps) as whole:
+        given = [whole.encoded(each.inputs) if head is None else {} for each in asked]
+
+        def answers(changed: Forced, graph: str) -> list[Array]:
+            """What the model says with ``graph`` as it is in ``changed``, the other as it was: [places, C] of each batch."""
+            if head is not None:
+                return [_tapped(changed.run(each.inputs, each.tokens, each.lengths)) for each in asked]
+            changes = graph == "encoder"
+            sources = [changed.encoded(each.inputs) for each in asked] if changes else given
+            decoder = whole if changes else changed
+            pairs = zip(asked, sources, strict=True)
+            return [_tapped(decoder.decoded(source, each.tokens, each.lengths)) for each, source in pairs]
+
+        before = answers(whole, "decoder")
         for done, one in enumerate(alone):
-            with one.opened({one.graph: both[one.graph]}) as changed:
-                after = [
-                    _logits(changed, each, sources)
-                    if one.graph == "decoder"
-                    else _logits(whole, each, changed.encoded(each.inputs))
-                    for each, sources in zip(asked, given, strict=True)
-                ]
-            apart = [divergences(old, new) for old, new in zip(before, after, strict=True)]
-            nats = float(np.concatenate(apart).mean())
+            with one.opened({one.graph: taps[one.graph]}) as changed:
+                after = answers(changed, one.graph)
+            nats = float(np.concatenate(moved(before, after)).mean())
             found.append(Sensitivity(graph=one.graph, name=one.name, role=one.role, nats=nats, numbers=one.numbers))
             if progress is not None:
                 progress(done + 1, len(alone))
@@ -155,7 +162,7 @@ def _asked(artifact: Artifact, samples: Samples, said: Said | None, most: int) -
         yield from fed(artifact.manifest.kind, batch, said, Steps.LOOP)
 
 
-def _logits(graphs: Forced, asked: Fed, given: Mapping[str, Array]) -> Array:
-    """[places, V] of one batch."""
-    seen: Sequence[Array] = [each.values for each in graphs.decoded(given, asked.tokens, asked.lengths)]
-    return seen[0]
+def _tapped(seen: Iterator[Seen]) -> Array:
+    """What the one tap of some graphs holds, after all of them ran."""
+    (values,) = [each.values for each in seen]
+    return values

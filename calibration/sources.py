@@ -15,6 +15,7 @@ a file, relative to the table's folder.
 import csv
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Source:
         where: file and line, or the item's number.
         value: a text, a path, samples, a Pillow image, or arrays by name.
         target: the reference text; None where there is none.
-        labels: the reference as ids, int64 [L], of arrays that have them.
+        labels: the reference as numbers, of arrays that have them; as a number or a list of an encoder's (classes.py).
         name: what a table calls a file, relative to its folder; None for what is no file of a table.
     """
 
@@ -54,11 +55,12 @@ class Source:
     name: str | None = None
 
 
-def of_file(path: Path, kind: str, problems: Problems) -> Iterator[Source]:
+def of_file(path: Path, kind: str, problems: Problems, *, classes: bool = False) -> Iterator[Source]:
     """The sources of a table; what is wrong with its lines is added to ``problems``, and the rest is read all the same.
 
     Args:
         kind: what the artifact takes: "text", "audio" or "image".
+        classes: whether a reference may be a number, or a list of numbers or texts.
 
     Raises:
         InputError: no such file, none that this kind of artifact takes, or one that cannot be read.
@@ -74,6 +76,9 @@ def of_file(path: Path, kind: str, problems: Problems) -> Iterator[Source]:
                 raise InputError(f"{path}: expected UTF-8 text, found {what}; save it as UTF-8")
             file.seek(len(_BOM) if start.startswith(_BOM) else 0)
             for source in reader(path, file, problems):
+                if source.labels is not None and not classes:
+                    problems.add(source.where, f"target: expected text or null, found {show(source.labels)}")
+                    continue
                 yield source if kind == "text" else _file_of(source, path.parent)
     except OSError as err:
         raise InputError(f"{path}: cannot be read: {err.strerror or err}") from err
@@ -96,10 +101,11 @@ def check_suffix(path: Path, kind: str) -> None:
         raise InputError(f"{path}: this artifact takes {kind}: expected {expected}, found {found}; give {hint}")
 
 
-def of_items(items: Iterable[Any], problems: Problems) -> Iterator[Source]:
+def of_items(items: Iterable[Any], problems: Problems, *, classes: bool = False) -> Iterator[Source]:
     """The sources of an iterable: texts, paths, samples or images; pairs of one and its reference; or mappings.
 
     A mapping has the keys source and, where there is a reference, target; mappings of arrays are arrays.py's.
+    ``classes`` is that of ``of_file``.
     """
     for number, item in enumerate(items):
         where, value, target = f"item {number}", item, None
@@ -107,10 +113,23 @@ def of_items(items: Iterable[Any], problems: Problems) -> Iterator[Source]:
             value, target = item
         elif isinstance(item, Mapping) and "source" in item:
             value, target = item["source"], item.get("target")
-        if target is not None and not isinstance(target, str):
+        if classes and is_classes(target):
+            yield Source(where=where, value=value, labels=target)
+        elif target is not None and not isinstance(target, str):
             problems.add(where, f"expected a reference text or None, found {type(target).__name__}")
-            continue
-        yield Source(where=where, value=value, target=target or None)
+        else:
+            yield Source(where=where, value=value, target=target or None)
+
+
+def is_classes(target: object) -> bool:
+    """Whether ``target`` is a number, or a list of numbers or of texts."""
+    if isinstance(target, list | tuple):
+        return all(isinstance(value, str) for value in target) or all(map(_is_number, target))
+    return _is_number(target)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _file_of(source: Source, folder: Path) -> Source:
@@ -194,6 +213,8 @@ def _row(where: str, row: Mapping[str, Any], problems: Problems) -> Iterator[Sou
     source, target = row.get("source"), row.get("target")
     if not isinstance(source, str) or not source.strip():
         problems.add(where, f"source: expected text, found {show(source) if 'source' in row else 'no such key'}")
+    elif is_classes(target):
+        yield Source(where=where, value=source, labels=target)
     elif not isinstance(target, str | None):
         problems.add(where, f"target: expected text or null, found {show(target)}")
     else:

@@ -18,10 +18,12 @@ from typing import Any
 import onnx_ir as ir
 
 from txopt import __version__
-from txopt.calibration import evaluate, gate, metrics
+from txopt.calibration import gate
 from txopt.calibration.blocks import Blocks
+from txopt.calibration.evaluate import Said
 from txopt.calibration.gemms import split
 from txopt.calibration.kept import Kept
+from txopt.calibration.loss import Heard, judged
 from txopt.calibration.quantize import put, unfold
 from txopt.calibration.reanswer import reanswer
 from txopt.calibration.recipe import Recipe, StaticRecipe
@@ -53,7 +55,7 @@ class Ground:
 
     Attributes:
         artifact: in float32. baseline: the same, opened.
-        calibrated: samples that weights were fitted to. measured: those that decide; ``heard`` is what the baseline said to them.
+        calibrated: samples that weights were fitted to. measured: those that decide; ``heard`` is what the baseline says to them.
         rounder: rounds the weights of ``artifact``.
         precision, target: what the result is called, and what its graphs are for. metric, max_loss: see ``quantize.Options``.
         kept: what the baseline says under teacher forcing; None where there is one attempt at most.
@@ -63,13 +65,18 @@ class Ground:
     baseline: Model
     calibrated: Samples
     measured: Samples
-    heard: evaluate.Said
+    heard: Heard
     rounder: Rounder
     precision: str
     target: str
     metric: str | None
     max_loss: float | None
     kept: Kept | None = None
+
+    @property
+    def said(self) -> Said | None:
+        """``heard`` of a model that generates; an encoder alone says nothing that could be gone on from."""
+        return self.heard if isinstance(self.heard, Said) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,27 +261,21 @@ def _copy_rest(artifact: Artifact, directory: Path) -> None:
 
 
 def _measured(ground: Ground, staged: Artifact, candidate: Model, progress: Callable[[int, int], None]) -> gate.Verdict:
-    samples, before, artifact = ground.measured, ground.heard, ground.artifact
-    after = evaluate.said(candidate, samples, progress=progress)
-    references = [entry.source.target for entry in samples.entries]
-    known = None if None in references else [[str(reference)] for reference in references]
-    name = ground.metric or metrics.pick(
-        artifact.manifest.task, has_references=known is not None, frontend=artifact.manifest.frontend
+    compared = gate.Compared(
+        data=ground.measured.sha256,
+        baseline=gate.fingerprint(ground.artifact.manifest),
+        candidate=gate.fingerprint(staged.manifest),
     )
-    return gate.judge(
-        metrics.metric(name),
-        references=known,
-        baseline=before.texts,
-        candidate=after.texts,
-        agreement=evaluate.agreement(
-            ground.baseline, candidate, samples, (before, after), kept=ground.kept, progress=progress
-        ),
-        compared=gate.Compared(
-            data=samples.sha256,
-            baseline=gate.fingerprint(artifact.manifest),
-            candidate=gate.fingerprint(staged.manifest),
-        ),
+    return judged(
+        ground.baseline,
+        candidate,
+        ground.measured,
+        ground.heard,
+        compared=compared,
+        metric=ground.metric,
         max_loss=ground.max_loss,
+        kept=ground.kept,
+        progress=progress,
     )
 
 

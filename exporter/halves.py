@@ -199,9 +199,8 @@ def _described(manifest: Manifest, models: Mapping[str, ir.Model]) -> Manifest:
         ]
         return replace(spec, inputs=items[0], outputs=items[1])
 
-    assert manifest.cache is not None, "the road takes models that generate"
     graphs = {name: changed(spec, models[name]) for name, spec in manifest.graphs.items()}
-    cache = replace(manifest.cache, dtype="float16")
+    cache = None if manifest.cache is None else replace(manifest.cache, dtype="float16")
     return replace(manifest, precision="fp16", graphs=graphs, cache=cache, calibration={})
 
 
@@ -234,13 +233,13 @@ def _canary(stored: Artifact, ground: Ground, said: Said | None, steps: Steps, r
     """That no output of the graphs holds NaN or infinity, over all of the data; how much was looked at."""
     fed = [(ground.calibrated, said)]
     if ground.measured is not ground.calibrated:
-        fed.append((ground.measured, ground.heard))
+        fed.append((ground.measured, ground.said))
     outputs = {
         name: {item.name: _Finite(item.name) for item in spec.outputs if item.dtype in _NAMES.values()}
         for name, spec in stored.manifest.graphs.items()
     }
-    for samples, heard in fed:
-        collect(stored, samples, outputs, said=heard, steps=steps, progress=partial(report, "check"))
+    for samples, own in fed:
+        collect(stored, samples, outputs, said=own, steps=steps, progress=partial(report, "check"))
     wrong = {f"{graph}: {name}": each for graph, mine in outputs.items() for name, each in mine.items() if each.wrong}
     if wrong:
         title = "float16 overflows in this model, outside of its FP32 islands; give data with larger inputs, or take bf16 or fp32:"

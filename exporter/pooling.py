@@ -25,8 +25,9 @@ class Pooling:
         elif mask is None:
             pooled = states.mean(1)
         else:
-            weights = mask[:, :, None].float()
-            pooled = (states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+            # A product is summed in one order whatever the batch; ONNX Runtime sums (ReduceSum) a row alone in another.
+            shares = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)
+            pooled = (shares[:, None] @ states)[:, 0]
         return torch.nn.functional.normalize(pooled, dim=1) if self.normalize else pooled
 
 

@@ -16,9 +16,11 @@ from typing import Any
 from txopt.calibration import activations, evaluate, gate, metrics
 from txopt.calibration.collect import Steps, second_moments
 from txopt.calibration.data import LIMIT, read
+from txopt.calibration.heads import head_of
 from txopt.calibration.kept import Kept
 from txopt.calibration.layers import in_blocks, in_channels
 from txopt.calibration.linears import LEAST_SIZE, reads, roles
+from txopt.calibration.loss import check_metric, heard
 from txopt.calibration.recipe import Recipe, Scheme, StaticRecipe, recipe_of
 from txopt.calibration.rounder import Rounder
 from txopt.calibration.samples import Samples
@@ -182,7 +184,7 @@ def _quantized(
 ) -> Artifact:
     report = progress or (lambda stage, done=0, total=0: None)
     report("open")
-    _check(artifact.manifest)
+    _check(artifact.manifest, options.metric)
     if sheet is not None:
         sheet.document["source"] = str(artifact.manifest.source.get("name") or artifact.path.name)
     if not any(reads(model.graph) for model in graphs_of(artifact).values()):
@@ -197,7 +199,7 @@ def _quantized(
     calibrated, measured = _parted(samples) if recipe.looks_at_data else (samples, samples)
     with ArtifactWriter(out, overwrite=overwrite) as writer, tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         report("calibrate")
-        heard = evaluate.said(baseline, measured, progress=partial(report, "calibrate"))
+        before = heard(baseline, measured, progress=partial(report, "calibrate"))
         moments: Mapping[str, Any] = {}
         if isinstance(recipe, Recipe) and recipe.looks_at_data:
             moments = _moments(artifact, baseline, calibrated, options.steps, partial(report, "calibrate"))
@@ -208,7 +210,7 @@ def _quantized(
             baseline=baseline,
             calibrated=calibrated,
             measured=measured,
-            heard=heard,
+            heard=before,
             rounder=Rounder(moments),
             precision=options.precision,
             target=options.target,
@@ -279,7 +281,7 @@ def _static(
 
 def _sensitivities(ground: Ground, artifact: Artifact, alone: Sequence[Alone], report: Progress) -> list[Sensitivity]:
     report("sensitivity")
-    return sensitivities(artifact, alone, ground.measured, said=ground.heard, progress=partial(report, "sensitivity"))
+    return sensitivities(artifact, alone, ground.measured, said=ground.said, progress=partial(report, "sensitivity"))
 
 
 def _parted(samples: Samples) -> tuple[Samples, Samples]:
@@ -313,7 +315,7 @@ def _check_beside(ranges: Path, *artifacts: Path) -> None:
             )
 
 
-def _check(manifest: Manifest) -> None:
+def _check(manifest: Manifest, metric: str | None) -> None:
     if manifest.precision != "fp32":
         raise UsageError(
             f"expected an artifact in fp32 to quantize, got one in {manifest.precision}; export the model again with --precision fp32"
@@ -322,7 +324,10 @@ def _check(manifest: Manifest) -> None:
         raise UsageError(
             f"expected an artifact for the cpu target, got one for {manifest.target}; export the model again with --target cpu"
         )
-    if manifest.cache is None:
+    if manifest.kind == "encoder" and head_of(manifest) is None:
+        named = ", ".join(item.name for item in manifest.graphs["encoder"].outputs)
         raise UsageError(
-            "expected a model that generates; what an encoder alone loses is not measured yet, so it is not quantized"
+            "expected a model that generates, or an encoder that gives logits or an embedding, of which it can be measured what they "
+            f"lose; this encoder gives {named}"
         )
+    check_metric(manifest, metric)

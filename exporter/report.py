@@ -121,7 +121,7 @@ def gather(
         artifact,
         models,
         ground.measured,
-        said=ground.heard,
+        said=ground.said,
         progress=lambda done, total: report("report", done, total),
     )
     best, ahead = chosen(course.points), front(course.points)

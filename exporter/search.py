@@ -93,11 +93,13 @@ def _point(ground: Ground, writer: ArtifactWriter, made: Attempt, *, timed: bool
     assert calibration is not None, "an attempt says how it was made"
     fast = None
     if timed:
-        fast = speed(ground.baseline, Model(writer.draft(made.manifest)), ground.measured, ground.heard)
+        fast = speed(ground.baseline, Model(writer.draft(made.manifest)), ground.measured, ground.said)
+    alike, agreement = made.verdict.headline
     return Point(
         bytes=(writer.directory / weights.FILE).stat().st_size,
         loss=made.verdict.comparison.loss,
-        agreement=made.verdict.agreement["forced_tokens"],
+        agreement=agreement,
+        alike=alike,
         finer=tuple(each["weight"] for each in calibration["finer"]),
         passed=made.verdict.passed,
         speed=fast,

@@ -7,7 +7,8 @@ over.
 
 What is promised of int8 and int4 artifacts for the CPU with their own blocks (64 and 32 wide), at one number of threads, and tried in
 tests/calibration/test_invariance.py: a source's logits, and so its ids, are equal to the bit alone and in any batch, whatever the
-lengths of its mates and its own padding, in prefills and in steps, up to the last position that the model has. Where that is no
+lengths of its mates and its own padding, in prefills and in steps, up to the last position that the model has; and so are the logits,
+states and embeddings of an encoder alone, which have as many places as the caller gave. Where that is no
 multiple of LANES a source is padded to it: what is then left over is padding, zeros that no order of a sum changes, or the source is
 that long wherever it is. Buffers of the self-cache grow by the same rule. A decoder alone keeps it for prompts padded on the left.
 What is not promised:
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from txopt.runtime.arrays import Array
-from txopt.runtime.graphs import SOURCE_AXES, GraphSpec
+from txopt.runtime.graphs import SOURCE_AXES, Axes, GraphSpec
 from txopt.runtime.inputs import Bound
 
 LANES = 8
@@ -40,7 +41,7 @@ def aligned(
     spec: GraphSpec, feeds: Mapping[str, Array], masks: Mapping[str, str | int], bounds: Mapping[str, Bound]
 ) -> dict[str, Array]:
     """``feeds`` with more padding at the end of every source length that a mask of ``masks`` is about; zeros, in the masks too."""
-    sizes = {str(axis): feeds[name].shape[1] for name, axis in masks.items() if axis in SOURCE_AXES}
+    sizes = source_lengths(feeds, masks)
     room: dict[str, int] = {}
     for item in spec.inputs:
         positions = bounds[item.name].positions if item.name in bounds else None
@@ -53,3 +54,14 @@ def aligned(
         wider = [(0, more.get(axis, 0) if isinstance(axis, str) else 0) for axis in item.axes]
         padded[item.name] = np.pad(feeds[item.name], wider) if any(end for _, end in wider) else feeds[item.name]
     return padded
+
+
+def source_lengths(feeds: Mapping[str, Array], masks: Mapping[str, str | int]) -> dict[str, int]:
+    """By axis, the source lengths that a mask of ``masks`` is about."""
+    return {str(axis): feeds[name].shape[1] for name, axis in masks.items() if axis in SOURCE_AXES}
+
+
+def cut(axes: Axes, value: Array, lengths: Mapping[str, int]) -> Array:
+    """A copy of ``value`` without the places that ``aligned`` added: as long along each of ``lengths`` as these say."""
+    kept = tuple(slice(lengths.get(axis) if isinstance(axis, str) else None) for axis in axes)
+    return value[kept].copy()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from txopt.runtime.alignment import aligned
+from txopt.runtime.alignment import aligned, cut, source_lengths
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.opening import open_engines
 from txopt.runtime.backends.runner import Runner
@@ -75,7 +75,7 @@ class Session:
         frontend = self.manifest.frontend
         self._bounds = bounds_of(frontend)
         self._samples = frontend.get("least_samples"), frontend.get("most_samples")
-        self._aligns = self.manifest.precision in QUANTIZED and self.manifest.cache is not None
+        self._aligns = self.manifest.precision in QUANTIZED
 
     def array(self, value: Any) -> Array:
         return next(iter(self._runners.values())).array(value)
@@ -92,9 +92,14 @@ class Session:
             raise UsageError(f"this artifact ({self.manifest.kind}) has no encoder")
         spec = self._specs["encoder"]
         feeds = check_inputs(spec, inputs, masks=self._masks, bounds=self._bounds, samples=self._samples)
+        lengths = source_lengths(feeds, self._masks)
         if self._aligns:
             feeds = aligned(spec, feeds, self._masks, self._bounds)
         values = runner.run(feeds)
+        if self._aligns and self.manifest.cache is None:  # a decoder is told by masks where places end, a caller is not
+            for out in spec.outputs:
+                if not lengths.keys().isdisjoint(out.axes):
+                    values[out.name] = runner.tensor(cut(out.axes, runner.array(values[out.name]), lengths))
         masks = {name: feeds[name] for name in self._masks}
         masks |= {name.removeprefix(MASKS): runner.array(values[name]) for name in self._made}
         return Encoded(len(next(iter(feeds.values()))), values, masks)

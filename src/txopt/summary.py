@@ -52,7 +52,8 @@ def _rounding(found: Any) -> list[str]:
     """What a quantized artifact was measured to lose; another writer's "calibration" is left to --json."""
     try:
         scheme, loss, data = found["scheme"], found["loss"], found["data"]
-        lost, metric, agreed = loss["loss"], loss["metric"]["name"], loss["agreement"]["forced_tokens"]["value"]
+        lost, metric = loss["loss"], loss["metric"]["name"]
+        agreed = next(name for name in _AGREED if name in loss["agreement"])
         before, after = loss["baseline"]["figure"]["value"], loss["candidate"]["figure"]["value"]
         made_up = ", made up" if data["synthetic"] else ""
         limit = "" if loss["max_loss"] is None else f", allowed {loss['max_loss']:g}"
@@ -65,9 +66,9 @@ def _rounding(found: Any) -> list[str]:
             ),
             f"  {metric} {before:.2f} before, {after:.2f} after: lost {lost['value']:.2f} points "
             f"(95% interval {lost['low']:.2f} to {lost['high']:.2f}{limit}) on {loss['data']['samples']} samples{made_up}",
-            f"  {agreed:.2f}% of tokens chosen alike under teacher forcing",
+            f"  {loss['agreement'][agreed]['value']:.2f}% of {_AGREED[agreed]}",
         ]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, StopIteration):
         return []
 
 
@@ -294,6 +295,13 @@ def _shape(shape: list[Any] | None) -> str:
     return f"[{','.join(map(str, shape))}]" if shape is not None else "of no known shape"
 
 
+# What the agreement of a certificate is about, by its name.
+_AGREED = {
+    "forced_tokens": "tokens chosen alike under teacher forcing",
+    "same_labels": "labels chosen alike",
+    "same_neighbour": "samples with the same nearest neighbour",
+    "r_squared": "the variance of fp32's numbers reproduced",
+}
 _MOST_RUNS = 40
 _LAYERS = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "NORMALIZATION", "MATRIX_MULTIPLY")
 _HEIGHTS = " ▁▂▃▄▅▆▇█"

@@ -15,6 +15,9 @@ from txopt.runtime.model import Model
 
 VOCABULARY = 2048
 RATE = 16_000
+LOGITS = (tensor("logits", "float32", "B", 3),)
+TOKEN_LOGITS = (tensor("logits", "float32", "B", "T", 3),)
+EMBEDDING = (tensor("memory", "float32", "B", "T", 8), tensor("embedding", "float32", "B", 8))
 WAVEFORM = {"type": "waveform", "sampling_rate": RATE, "padding_value": 0.0, "least_samples": 400, "most_samples": RATE}
 SOUND_INPUTS = (tensor("input_values", "float32", "B", "N"), tensor("attention_mask", "int64", "B", "N"))
 IMAGE = {"type": "image", "do_resize": True, "size": {"height": 8, "width": 8}}
@@ -27,13 +30,14 @@ def model(
     *,
     kind: str = "encoder-decoder",
     inputs: Any = None,
+    outputs: Any = None,
     vocabulary: int = VOCABULARY,
     **generation: Any,
 ) -> Model:
     """An encoder-decoder, or one half of it (``kind``), of 64 positions."""
     described = manifest()
     encoder, decoder = described.graphs["encoder"], described.graphs["decoder"]
-    encoder = GraphSpec(file=encoder.file, inputs=inputs or encoder.inputs, outputs=encoder.outputs)
+    encoder = GraphSpec(file=encoder.file, inputs=inputs or encoder.inputs, outputs=outputs or encoder.outputs)
     logits = tensor("logits", "float32", "R", "Q", vocabulary)
     decoder = GraphSpec(file=decoder.file, inputs=decoder.inputs, outputs=(logits, *decoder.outputs[1:]))
     halves = {"encoder": encoder, "decoder": decoder}

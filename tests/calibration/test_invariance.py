@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 Ids = NDArray[np.int64]
 MODELS = ("t5", "marian", "g2p")
+ENCODERS = ("bert", "roberta", "distilbert")  # a label, labels of tokens, an embedding
 BATCH = 8
 STEPS = 12
 
@@ -207,3 +208,58 @@ def test_a_decoder_alone_keeps_it_for_prompts_padded_on_the_left(quantized: Call
             alone += [one.step(np.full(1, token)).copy() for token in (7, 9, 11)]
             for mine, theirs in zip(alone, together, strict=True):
                 np.testing.assert_array_equal(mine[0], theirs[row])
+
+
+def answer(model: Model, ids: Ids, mask: Ids) -> dict[str, NDArray[np.float32]]:
+    """What an encoder alone gives, by output."""
+    encoded = model.encode(input_ids=ids, attention_mask=mask)
+    return {name: model.session.array(value) for name, value in encoded.values.items()}
+
+
+def moved(model: Model) -> list[tuple[int, int, str]]:
+    """(length, longest of its batch, output) of what an encoder alone gives otherwise than it does to a source alone."""
+    found = []
+    for drawn, lengths, _ in rounds():
+        ids, mask = sources(model, drawn, lengths)
+        together = answer(model, ids, mask)
+        for row, length in enumerate(lengths):
+            one = slice(row, row + 1)
+            for name, alone in answer(model, ids[one, :length], mask[one, :length]).items():
+                mine = together[name][row]
+                mine = mine[:length] if alone.ndim == 3 else mine
+                if not np.array_equal(alone[0], mine):
+                    found.append((length, max(lengths), name))
+    return found
+
+
+@pytest.mark.parametrize(("precision", "scheme"), [("int8", "weights"), ("int4", "weights"), ("int8", "rows")])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_answers_of_encoders_alone_are_equal_to_the_bit(
+    name: str, precision: str, scheme: str, quantized: Callable[..., Model]
+) -> None:
+    assert moved(quantized(name, precision, scheme=scheme)) == []
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_alone_give_as_many_places_as_they_got(name: str, quantized: Callable[..., Model]) -> None:
+    """Alignment is the session's, and not to be seen; up to the last position that the model has."""
+    model, drawn = quantized(name, "int8"), np.random.default_rng(0)
+    most = int(model.manifest.frontend["source_positions"])
+    for length in (1, 7, 8, 9, most - 1, most):
+        given = answer(model, *sources(model, drawn, [length, 1]))
+        for item in model.manifest.graphs["encoder"].outputs:
+            sizes = {"B": 2, "T": length}
+            expected = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in item.axes)
+            assert given[item.name].shape == expected
+
+
+def test_without_alignment_encoders_do_not_keep_it(
+    quantized: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broken twin."""
+    found = {}
+    for name in ENCODERS:
+        model = quantized(name, "int8")
+        monkeypatch.setattr(model.session, "_aligns", False)
+        found[name] = moved(model)
+    assert any(found.values())

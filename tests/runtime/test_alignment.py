@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.runtime.artifacts import tensor
-from txopt.runtime.alignment import LANES, aligned, whole
+from txopt.runtime.alignment import LANES, aligned, cut, source_lengths, whole
 from txopt.runtime.graphs import GraphSpec
 from txopt.runtime.inputs import Bound
 
@@ -100,3 +100,14 @@ def test_samples_of_sound_stay_as_they_are() -> None:
     feeds = {"input_values": np.ones((1, 401), np.float32), "attention_mask": np.ones((1, 401), np.int64)}
     found = aligned(inputs, feeds, {"attention_mask": "N"}, {})
     assert {value.shape for value in found.values()} == {(1, 401)}
+
+
+def test_what_was_added_is_taken_away_again() -> None:
+    """Of every output as long as a source, whatever else it has; a copy, for the engine takes its memory back."""
+    lengths = source_lengths({"input_ids": np.ones((2, 5)), "attention_mask": np.ones((2, 5))}, {"attention_mask": "T"})
+    assert lengths == {"T": 5}
+    value = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+    shorter = cut(("B", "T", 3), value, lengths)
+    np.testing.assert_array_equal(shorter, value[:, :5])
+    assert shorter.base is None
+    np.testing.assert_array_equal(cut(("B", 8, 3), value, lengths), value)

@@ -17,10 +17,20 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 58, 18, 44
 _LINE = 13  # of text
 _BARS = (200, 56)  # of a histogram
 
+# What an agreement is called where one stands for all, and what is to be said of it.
+_HEADLINES = {
+    "forced_tokens": ("same tokens", "under teacher forcing"),
+    "same_labels": ("same labels", "as fp32 gives"),
+    "same_neighbour": ("same neighbours", "the nearest of all samples"),
+    "r_squared": ("r-squared", "with fp32's numbers"),
+}
 _AGREEMENTS = {
     "forced_tokens": "tokens chosen alike, fed the same ones",
     "free_prefix": "tokens alike up to the first difference",
     "free_sequences": "answers that are equal to the end",
+    "same_labels": "labels chosen alike",
+    "same_neighbour": "samples with the same nearest neighbour",
+    "r_squared": "variance of fp32's numbers reproduced",
 }
 
 
@@ -39,6 +49,7 @@ def content(document: Mapping[str, Any]) -> dict[str, Any]:
         "metric": None if found is None else _metric(found),
         "points": points,
         "has_speed": any(each["speed"] for each in points),
+        "alike": _HEADLINES[_alike(document["points"][0])][0] if points else "",
         "charts": _charts(document, found) if len(points) > 1 else [],
         "limit": document["max_loss"],
         "finer": [
@@ -73,19 +84,24 @@ def _tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
     shown = next((point for point in points if point["chosen"]), points[0] if points else None)
     if shown is None or found is None:
         return []
-    share = shown["weights_bytes"] / document["weights_before"]
+    share, alike = shown["weights_bytes"] / document["weights_before"], _alike(found["agreement"])
     tiles = [
         _tile(
             f"lost, {found['metric']['name']}", _points(found["loss"]["value"]), "points, " + _between(found["loss"])
         ),
         _tile("weights", megabytes(shown["weights_bytes"]), f"{share:.3f}x of {megabytes(document['weights_before'])}"),
-        _tile("same tokens", _percent(found["agreement"]["forced_tokens"]["value"]), "under teacher forcing"),
+        _tile(_HEADLINES[alike][0], _percent(found["agreement"][alike]["value"]), _HEADLINES[alike][1]),
     ]
     if shown["speed"] is not None:
         speed = shown["speed"]
         note = f"{speed['low']:.2f}x to {speed['high']:.2f}x, beside fp32 on this machine"
         tiles.append(_tile("speed", f"{speed['median']:.2f}x", note))
     return tiles
+
+
+def _alike(found: Mapping[str, Any]) -> str:
+    """The name of the agreement in ``found`` that stands for all."""
+    return next(name for name in _HEADLINES if name in found)
 
 
 def _tile(label: str, value: str, note: str) -> dict[str, str]:
@@ -125,7 +141,7 @@ def _point(number: int, point: Mapping[str, Any]) -> dict[str, Any]:
         "size": megabytes(point["weights_bytes"]),
         "loss": _points(point["loss"]["value"]),
         "between": _between(point["loss"]),
-        "agreed": _percent(point["forced_tokens"]["value"]),
+        "agreed": _percent(point[_alike(point)]["value"]),
         "speed": "" if speed is None else f"{speed['median']:.2f}x ({speed['low']:.2f} to {speed['high']:.2f})",
         "passed": point["passed"],
         "chosen": point["chosen"],
