@@ -35,7 +35,11 @@ PARTS = ("loss", "speed", "invariance", "cost")
 def measure(arguments: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     """Pieces of the document, each as soon as it is known: a whole run takes long, and what is measured should not be lost."""
     variants = [
-        variant for variant in VARIANTS if variant.scheme in arguments.schemes and variant.method in arguments.methods
+        variant
+        for variant in VARIANTS
+        if variant.scheme in arguments.schemes
+        and variant.method in arguments.methods
+        and variant.name in arguments.rows
     ]
     if "loss" in arguments.parts:
         for name in arguments.models:
@@ -100,6 +104,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--models", **some(tuple(SUBJECTS)))
     parser.add_argument("--schemes", **some(tuple(dict.fromkeys(variant.scheme for variant in VARIANTS))))
     parser.add_argument("--methods", **some(tuple(dict.fromkeys(variant.method for variant in VARIANTS))))
+    parser.add_argument("--rows", **some(tuple(variant.name for variant in VARIANTS)))
     parser.add_argument(
         "--speech",
         type=Path,
