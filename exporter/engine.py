@@ -244,7 +244,7 @@ def _module(runtime: str) -> Any:
 def _log(trt: Any) -> Any:
     """The logger of a process: the library keeps the first that it is given."""
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.heard: list[str] = []
@@ -258,7 +258,7 @@ def _log(trt: Any) -> Any:
 
 @cache
 def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         """Adds up the steps of all phases; says no to the next one once the user wants to stop."""
 
         def __init__(self, progress: Progress, stopped: list[int]) -> None:
@@ -294,8 +294,8 @@ def _interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in stopped[:1]:
-            signal.raise_signal(number)
+        for sent in stopped[:1]:
+            signal.raise_signal(sent)
 
 
 def _dropped(network: Any, layers: Sequence[Any]) -> list[str]:
