@@ -30,13 +30,17 @@ from txopt.runtime.artifact import Artifact
 FAMILIES = ("T5", "BART", "Marian", "M2M100", "Whisper", "TrOCR")
 SIZE = foreign_models.Size(layers=2, width=128, heads=2, vocabulary=200)  # heads of 64, as most models have
 RUNTIME, CAPABILITY, LENGTH = "tensorrt-rtx", "SM89", 32
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _SHOWN = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "NORMALIZATION", "QUANTIZE", "DEQUANTIZE")
 
 
 def family(name: str, work: Path) -> dict[str, Any]:
     """Rows of one family, by precision: both plans together."""
-    source = work / name
-    foreign_models.build(name, SIZE).module.save_pretrained(source)
+    source, model = work / name, foreign_models.build(name, SIZE).module.model
+    for key, token in _TOKENS.items():  # TrOCR's two halves say them nowhere
+        for config in (model.config, model.generation_config):
+            setattr(config, key, token)
+    model.save_pretrained(source)
     artifact = export(source, work / f"{name}-out")
     return {precision: built(artifact, precision, work) for precision in PRECISIONS}
 

@@ -38,7 +38,7 @@ from txopt.exporter.lowering.floats import raise_blocks
 from txopt.exporter.lowering.tied import turn_tables
 from txopt.runtime import cases
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.files import MANIFEST
+from txopt.runtime.files import FOLDER, MANIFEST
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.model import Model
 from txopt.runtime.parity import ParityReport, replay
@@ -254,9 +254,11 @@ def _around(
 
 
 def _copy_rest(artifact: Artifact, directory: Path) -> None:
-    """Tokenizers, and whatever else is no graph, weight or case."""
+    """Tokenizers, and whatever else is no graph, weight or case; engines are of the graphs that were."""
     made = {MANIFEST, weights.FILE, cases.FILE, *(spec.file for spec in artifact.manifest.graphs.values())}
     for name in artifact.manifest.files.keys() - made:
+        if name.startswith(f"{FOLDER}/"):
+            continue
         shutil.copyfile(artifact.file(name), directory / name)
 
 

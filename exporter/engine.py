@@ -145,13 +145,15 @@ class Engine:
         config = self._config(builder)
         _add_profiles(builder, network, config, profiles)
         with _interruptible() as stopped:
-            config.progress_monitor = _monitor(trt)(progress, stopped)
+            config.progress_monitor = monitor = _monitor(trt)(progress, stopped)
             kept = self._timing(config, timing)
             plan = builder.build_serialized_network(network, config)
-            if plan is None and _NO_KERNEL in "".join(log.heard) and not stopped:
+            if plan is None and _NO_KERNEL in "".join(log.heard):
                 log.heard.clear()
                 apart = _take_apart(trt, layers, [trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16])
                 plan = builder.build_serialized_network(network, config)
+        if monitor.failed is not None:
+            raise monitor.failed
         if plan is None or log.heard:
             raise self._refusal(file, "build", log.heard)
         counted = Counter(layer.type.name for layer in layers)
@@ -244,7 +246,7 @@ def _module(runtime: str) -> Any:
 def _log(trt: Any) -> Any:
     """The logger of a process: the library keeps the first that it is given."""
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.heard: list[str] = []
@@ -258,20 +260,24 @@ def _log(trt: Any) -> Any:
 
 @cache
 def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Adds up the steps of all phases; says no to the next one once the user wants to stop."""
+    class Monitor(trt.IProgressMonitor):
+        """Adds up the steps of all phases; says no to the next one once the user wants to stop, or progress cannot be shown."""
 
         def __init__(self, progress: Progress, stopped: list[int]) -> None:
             super().__init__()
             self._progress, self._stopped, self._done, self._total = progress, stopped, 0, 0
+            self.failed: Exception | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
             self._total += num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             self._done += 1
-            self._progress(min(self._done, self._total), self._total)
-            return not self._stopped
+            try:
+                self._progress(min(self._done, self._total), self._total)
+            except Exception as err:  # it must not pass through C++
+                self.failed = err
+            return not self._stopped and self.failed is None
 
         def phase_finish(self, phase_name: str) -> None:
             pass
@@ -293,9 +299,9 @@ def _interruptible() -> Iterator[list[int]]:
         yield stopped
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in stopped[:1]:
-            signal.raise_signal(number)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for sent in stopped[:1]:
+            signal.raise_signal(sent)
 
 
 def _dropped(network: Any, layers: Sequence[Any]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from txopt.runtime.artifact import Artifact
+from txopt.runtime.graphs import SOURCE_AXES
 from txopt.runtime.parity import ParityReport, reference_of
 
 
@@ -146,11 +147,12 @@ def of_parity(report: ParityReport) -> str:
 
 def of_planned(document: dict[str, Any]) -> str:
     """What ``engines.plan`` would build, in lines."""
-    for_whom = ", ".join(document["capabilities"]) or "the GPU at hand"
+    nobody = "the GPU at hand" if document["runtime"] == "tensorrt" else "GPUs yet to be named (--capability)"
+    for_whom = ", ".join(document["capabilities"]) or nobody
     sizes = document["sizes"]
     lines = [
         f"{document['artifact']}: would be built in {document['precision']} with {document['runtime']} for {for_whom}",
-        f"  at most {sizes['batch']} sources of {sizes['source']}, {sizes['beams']} beams, prompts of {sizes['prompt']}, "
+        f"  at most {sizes['batch']} sources{_of_length(document)}, {sizes['beams']} beams, prompts of {sizes['prompt']}, "
         f"{sizes['cache']} tokens in the cache",
     ]
     for plan in document["plans"].values():
@@ -162,6 +164,12 @@ def of_planned(document: dict[str, Any]) -> str:
             for item in plan[kind]
         ]
     return "\n".join(lines)
+
+
+def _of_length(document: dict[str, Any]) -> str:
+    """How long sources may be, where that varies."""
+    axes = {axis for plan in document["plans"].values() for profile in plan["profiles"] for axis in profile["axes"]}
+    return f" of {document['sizes']['source']}" if axes & set(SOURCE_AXES) else ""
 
 
 def of_engines(document: dict[str, Any]) -> str:

@@ -180,6 +180,22 @@ def test_ctrl_c_during_a_build_leaves_everything_as_it_was(artifacts: Make, tmp_
     assert not list((tmp_path / "kept").iterdir())
 
 
+def test_progress_that_fails_ends_the_build_and_not_the_process(artifacts: Make, tmp_path: Path) -> None:
+    def fail(stage: str, done: int = 0, total: int = 0) -> None:
+        if done == 5:
+            raise BrokenPipeError("nobody reads it")
+
+    with pytest.raises(BrokenPipeError, match="nobody reads it"):
+        engines.build(artifacts("whisper").path, tmp_path / "out", SMALL, progress=fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_graphs_do_not_get_the_engines_of_an_artifact(built: Artifact, tmp_path: Path) -> None:
+    """Of a quantized twin, say."""
+    twin(built, graphs(built, "fp16"), tmp_path)
+    assert not (tmp_path / "engines").exists()
+
+
 def test_a_build_in_another_thread_does_without_signals(artifacts: Make, tmp_path: Path) -> None:
     made: list[Any] = []
     thread = threading.Thread(
