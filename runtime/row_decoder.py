@@ -56,7 +56,7 @@ class RowDecoder:
             self._ids = runner.staged(np.zeros((rows, 1), np.int64))
             self._logits = runner.staged(np.zeros((rows, 1, self._vocabulary), np.float32))
             self._chosen = {  # what the graph itself finds in the logits of each row's last token, where it does
-                name: runner.staged(np.zeros((rows, *outputs[name].axes[1:]), dtype))
+                name: runner.staged(np.zeros((rows, *map(int, outputs[name].axes[1:])), dtype))
                 for name, dtype in CHOSEN.items()
                 if name in outputs
             }

@@ -16,7 +16,7 @@ from txopt.runtime.backends.moves import SPARE, moves
 from txopt.runtime.backends.pool import Block
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of addresses
-STORED = {  # numpy has no bfloat16: its bits
+STORED: dict[str, type[np.generic]] = {  # numpy has no bfloat16: its bits
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": np.uint16,
@@ -42,7 +42,7 @@ class Tensor:
 
     def array(self) -> Array:
         """A copy on the host; bfloat16 as float32."""
-        stored = np.empty(self.shape, STORED[self.dtype])
+        stored: Array = np.empty(self.shape, STORED[self.dtype])
         with self.device as device:
             device.download(stored.ctypes.data, self.address, self.size)
             device.wait()
