@@ -201,7 +201,7 @@ class RowDecoder:
         if not len(changed):
             return
         if self._buffers is not None:
-            self._buffers.copy_rows(changed.tolist(), rows[changed].tolist(), self._longest)
+            self._buffers.copy_rows(changed, rows[changed], self._longest)
         self._position.array[changed] = self._position.array[rows[changed]]
 
     def _checked(self, ids: Any) -> Ids:

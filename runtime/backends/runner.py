@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from txopt.runtime.arrays import Array
-from txopt.runtime.decoder import THIS_MODEL
+from txopt.runtime.decoder import THIS_MODEL, Ids
 from txopt.runtime.graphs import CacheSpec, GraphSpec
 from txopt.runtime.opened import Opened
 
@@ -58,8 +58,8 @@ class Buffers(Protocol):
         """
         ...
 
-    def copy_rows(self, rows: Sequence[int], sources: Sequence[int], filled: int) -> None:
-        """Lets row ``rows[i]`` hold what row ``sources[i]`` held before the call, in the first ``filled`` places."""
+    def copy_rows(self, rows: Ids, sources: Ids, filled: int) -> None:
+        """Lets row ``rows[i]`` (int64 [changed]) hold what row ``sources[i]`` held before the call, in the first ``filled`` places."""
         ...
 
     def array(self, name: str, filled: int) -> Array:
