@@ -45,10 +45,8 @@ class RowDecoder:
         self.max_length, self.limited_by = cache.max_length, engines.limited_by
         buffers = [item for item in spec.inputs if item.name.startswith("self_")]
         self.names = [item.name for item in buffers]
-        places = buffers[0].axes[2]
-        self._places = (
-            places if isinstance(places, int) else None
-        )  # how many the graph has, where it does not leave that open
+        places = buffers[0].axes[2]  # a number where the graph does not leave it open
+        self._places = places if isinstance(places, int) else None
         outputs = {item.name: item for item in spec.outputs}
         self._vocabulary = int(outputs["logits"].axes[-1])
         with allocating(rows * 4 * self._vocabulary + self._size(rows, self._places or FIRST_BUCKET), rows):

@@ -14,7 +14,7 @@ import numpy as np
 
 from txopt.runtime.arrays import Array
 from txopt.runtime.backends.pool import Block, Pool
-from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError
+from txopt.runtime.errors import DeviceMemoryError, MissingDependencyError, TxoptError, UsageError
 
 PACKAGE = "cuda-bindings"
 Box = tuple[int, int, int]  # bytes, lines, layers
@@ -160,7 +160,7 @@ class Device:
             return self._forget()
         try:
             done = work()
-        except TxoptError:
+        except (TxoptError, RuntimeError):  # whatever it is, the recording must end
             done = False
         error, graph = cuda.cudaStreamEndCapture(self._stream)
         if error or graph is None:
@@ -201,7 +201,10 @@ def _allocate(cuda: Any, number: int, allocate: Callable[[int], tuple[Any, ...]]
     result = allocate(size)
     if result[0] == cuda.cudaError_t.cudaErrorMemoryAllocation:
         cuda.cudaGetLastError()  # forgotten: what comes next is not to blame
-        raise MemoryError(_text(cuda, result[0]))
+        raise DeviceMemoryError(
+            f"the GPU has no memory left for {size:,} bytes more ({_text(cuda, result[0])}): ask for a smaller batch, fewer beams or "
+            "shorter sources, or end what else runs on it"
+        )
     return int(_checked(cuda, result))
 
 

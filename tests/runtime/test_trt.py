@@ -371,6 +371,11 @@ def test_memory_that_the_gpu_does_not_have_is_told(plans: Planned, library: Fake
     cuda.room = sum(map(len, cuda.memory.values())) + 10_000
     with pytest.raises(UsageError, match=r"buffers for 3 rows .* take 1 GiB of memory"):
         model.decode(encoded).step(np.array([1, 1, 1]))
+    cuda.room = 0
+    with pytest.raises(
+        UsageError, match=r"the GPU has no memory left for [\d,]+ bytes more \(cudaErrorMemoryAllocation"
+    ):
+        model.encode(input_ids=np.full((8, 50), 5))
     cuda.room = 1 << 40
     assert model.generate(**SOURCE).sequences.shape[0] == 3
 
