@@ -4,6 +4,7 @@ TxoptError                    exit code 1: a defect of txopt
 ├── UsageError                exit code 2: wrong option, argument or input
 │   ├── InputError            tensors, text, audio or images that do not fit the model
 │   │   └── LimitError        more than compiled engines were built for; the model itself takes it
+│   ├── DeviceMemoryError     a GPU has no memory left for what was asked
 │   ├── SourceError           a checkpoint or module that txopt cannot read or does not support
 │   └── ArtifactError         an artifact that is damaged, unsafe, too new, or not one at all
 │       └── StaleError        a sound result of an earlier run, made from something else than what is asked for now
@@ -33,6 +34,10 @@ class InputError(UsageError):
 
 class LimitError(InputError):
     """Lengths or batches beyond what an artifact's engines were built for; other engines of the same model take them."""
+
+
+class DeviceMemoryError(UsageError, MemoryError):
+    """A GPU, or the host beside it, has no memory left for what was asked."""
 
 
 class SourceError(UsageError):

@@ -45,10 +45,8 @@ class RowDecoder:
         self.max_length, self.limited_by = cache.max_length, engines.limited_by
         buffers = [item for item in spec.inputs if item.name.startswith("self_")]
         self.names = [item.name for item in buffers]
-        places = buffers[0].axes[2]
-        self._places = (
-            places if isinstance(places, int) else None
-        )  # how many the graph has, where it does not leave that open
+        places = buffers[0].axes[2]  # a number where the graph does not leave it open
+        self._places = places if isinstance(places, int) else None
         outputs = {item.name: item for item in spec.outputs}
         self._vocabulary = int(outputs["logits"].axes[-1])
         with allocating(rows * 4 * self._vocabulary + self._size(rows, self._places or FIRST_BUCKET), rows):
@@ -56,7 +54,7 @@ class RowDecoder:
             self._ids = runner.staged(np.zeros((rows, 1), np.int64))
             self._logits = runner.staged(np.zeros((rows, 1, self._vocabulary), np.float32))
             self._chosen = {  # what the graph itself finds in the logits of each row's last token, where it does
-                name: runner.staged(np.zeros((rows, *outputs[name].axes[1:]), dtype))
+                name: runner.staged(np.zeros((rows, *map(int, outputs[name].axes[1:])), dtype))
                 for name, dtype in CHOSEN.items()
                 if name in outputs
             }
@@ -201,7 +199,7 @@ class RowDecoder:
         if not len(changed):
             return
         if self._buffers is not None:
-            self._buffers.copy_rows(changed.tolist(), rows[changed].tolist(), self._longest)
+            self._buffers.copy_rows(changed, rows[changed], self._longest)
         self._position.array[changed] = self._position.array[rows[changed]]
 
     def _checked(self, ids: Any) -> Ids:

@@ -14,7 +14,7 @@ import numpy as np
 
 from txopt.runtime.arrays import Array
 from txopt.runtime.backends.pool import Block, Pool
-from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError
+from txopt.runtime.errors import DeviceMemoryError, MissingDependencyError, TxoptError, UsageError
 
 PACKAGE = "cuda-bindings"
 Box = tuple[int, int, int]  # bytes, lines, layers
@@ -157,29 +157,30 @@ class Device:
             self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         )
         if error:
-            return self._unrecorded()
+            return self._forget()
         try:
             done = work()
-        except TxoptError:
+        except (TxoptError, RuntimeError):  # whatever it is, the recording must end
             done = False
         error, graph = cuda.cudaStreamEndCapture(self._stream)
         if error or graph is None:
-            return self._unrecorded()
+            return self._forget()
         if not done:
             cuda.cudaGraphDestroy(graph)
-            return self._unrecorded()
+            return self._forget()
         error, ready = cuda.cudaGraphInstantiate(graph, 0)
         cuda.cudaGraphDestroy(graph)
-        return self._unrecorded() if error else Recorded(cuda, ready)
+        return self._forget() if error else Recorded(cuda, ready)
 
     def replay(self, recorded: Recorded) -> None:
         (error,) = self._cuda.cudaGraphLaunch(recorded.graph, self._stream)
         if error:
             raise TxoptError(f"the GPU failed: {_text(self._cuda, error)}")
 
-    def _unrecorded(self) -> None:
-        """Forgets the error of a recording that was refused: what comes next is not to blame."""
+    def _forget(self) -> Recorded | None:
+        """Nothing, for a recording that was refused; its error is forgotten, for what comes next is not to blame."""
         self._cuda.cudaGetLastError()
+        return None
 
     def _checked(self, result: tuple[Any, ...]) -> Any:
         return _checked(self._cuda, result)
@@ -200,7 +201,10 @@ def _allocate(cuda: Any, number: int, allocate: Callable[[int], tuple[Any, ...]]
     result = allocate(size)
     if result[0] == cuda.cudaError_t.cudaErrorMemoryAllocation:
         cuda.cudaGetLastError()  # forgotten: what comes next is not to blame
-        raise MemoryError(_text(cuda, result[0]))
+        raise DeviceMemoryError(
+            f"the GPU has no memory left for {size:,} bytes more ({_text(cuda, result[0])}): ask for a smaller batch, fewer beams or "
+            "shorter sources, or end what else runs on it"
+        )
     return int(_checked(cuda, result))
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from txopt.runtime.backends import cuda, tensors
 from txopt.runtime.backends.huge_pages import collapsed
 from txopt.runtime.counts import count
+from txopt.runtime.decoder import Ids
 from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, TxoptError, UsageError
 from txopt.runtime.opened import Opened
 
@@ -117,7 +118,7 @@ class Buffers:
             values[name] = self._runner.put(grown, array)
         self.values, self._shape = values, shape
 
-    def copy_rows(self, rows: Sequence[int], sources: Sequence[int], filled: int) -> None:
+    def copy_rows(self, rows: Ids, sources: Ids, filled: int) -> None:
         for value in self.values.values():
             array = self._runner.view(value)
             array[rows, :, :filled] = array[sources, :, :filled]

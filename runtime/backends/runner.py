@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from txopt.runtime.arrays import Array
-from txopt.runtime.decoder import THIS_MODEL
+from txopt.runtime.decoder import THIS_MODEL, Ids
 from txopt.runtime.graphs import CacheSpec, GraphSpec
 from txopt.runtime.opened import Opened
 
@@ -45,7 +45,10 @@ class Call(Protocol):
 class Buffers(Protocol):
     """The self-attention cache: tensors [R,H,S,D] that the graph writes in place, by the names of its inputs."""
 
-    values: Mapping[str, Value]
+    @property
+    def values(self) -> Mapping[str, Value]:
+        """What is bound; others after ``grow``."""
+        ...
 
     def grow(self, length: int, filled: int) -> None:
         """Makes S ``length``, with new ``values``; the first ``filled`` places keep their content.
@@ -55,8 +58,8 @@ class Buffers(Protocol):
         """
         ...
 
-    def copy_rows(self, rows: Sequence[int], sources: Sequence[int], filled: int) -> None:
-        """Lets row ``rows[i]`` hold what row ``sources[i]`` held before the call, in the first ``filled`` places."""
+    def copy_rows(self, rows: Ids, sources: Ids, filled: int) -> None:
+        """Lets row ``rows[i]`` (int64 [changed]) hold what row ``sources[i]`` held before the call, in the first ``filled`` places."""
         ...
 
     def array(self, name: str, filled: int) -> Array:
@@ -99,10 +102,8 @@ class Runner(Protocol):
         """
         ...
 
-    def bind(
-        self, inputs: Mapping[str, Value | Staged], outputs: Mapping[str, Value | Staged], reads: Sequence[Staged]
-    ) -> Call:
-        """A call of the graph; ``reads`` are those of the staged outputs that the host wants after each run.
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], reads: Sequence[Any]) -> Call:
+        """A call of the graph on values and staged tensors; ``reads`` are the staged outputs that the host wants after each run.
 
         Errors:
             LimitError: lengths that the engine was not built for.

@@ -14,9 +14,10 @@ from txopt.runtime.arrays import Array
 from txopt.runtime.backends.cuda import Device, Layout
 from txopt.runtime.backends.moves import SPARE, moves
 from txopt.runtime.backends.pool import Block
+from txopt.runtime.decoder import Ids
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of addresses
-STORED = {  # numpy has no bfloat16: its bits
+STORED: dict[str, type[np.generic]] = {  # numpy has no bfloat16: its bits
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": np.uint16,
@@ -42,7 +43,7 @@ class Tensor:
 
     def array(self) -> Array:
         """A copy on the host; bfloat16 as float32."""
-        stored = np.empty(self.shape, STORED[self.dtype])
+        stored: Array = np.empty(self.shape, STORED[self.dtype])
         with self.device as device:
             device.download(stored.ctypes.data, self.address, self.size)
             device.wait()
@@ -152,10 +153,10 @@ class Buffers:
             device.copy_box(self._layout, 0, kept[1], 0, box)
             device.wait()
 
-    def copy_rows(self, rows: Sequence[int], sources: Sequence[int], filled: int) -> None:
+    def copy_rows(self, rows: Ids, sources: Ids, filled: int) -> None:
         box = (filled * self._position_size, self._heads, len(self._names))
         with self._device as device:
-            for to, source in moves(rows, sources):
+            for to, source in moves(rows.tolist(), sources.tolist()):
                 device.copy_box(*self._line(to), *self._line(source), box)
 
     def _line(self, row: int) -> tuple[Layout, int]:

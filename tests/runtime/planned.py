@@ -1,15 +1,24 @@
-"""Artifacts with engines of the fake TensorRT: the artifact's own graphs, described as a build would."""
+"""Artifacts with engines of the fake TensorRT: the artifact's own graphs, described as a build would, and what to feed them."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tests.runtime.fake_tensorrt import plan_bytes
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.engines import FILE, EngineSet, Lengths, Plan, Profile, to_bytes
 from txopt.runtime.graphs import FLOATS, GraphSpec, TensorSpec
+from txopt.runtime.model import Model, load
 from txopt.runtime.writer import ArtifactWriter
+
+Planned = Callable[..., Artifact]
+
+IDS = np.array([[5, 6, 7, 8, 2], [9, 10, 2, 0, 0], [4, 2, 0, 0, 0]])
+SOURCE: dict[str, Any] = {"input_ids": IDS, "attention_mask": (IDS != 0).astype(np.int64)}
 
 VERSION = "1.7.1"
 MOST = 10  # tokens that the decoder ranks
@@ -53,6 +62,11 @@ def planned(
         plans=plans,
     )
     return with_sets(artifact, out, (replace(one, **facts),), contents)  # type: ignore[arg-type]
+
+
+def open_both(artifact: Artifact) -> tuple[Model, Model]:
+    """On the CPU, and on the fake."""
+    return load(artifact.path, threads=1), load(artifact.path, device="tensorrt")
 
 
 def with_sets(artifact: Artifact, out: Path, sets: tuple[EngineSet, ...], contents: Mapping[str, bytes]) -> Artifact:

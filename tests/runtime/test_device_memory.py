@@ -92,7 +92,7 @@ def test_buffers_move_and_grow_where_they_lie(dtype: str, width: int, length: in
         stored = (numbers.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else numbers.astype(dtype)
         device.upload(tensor.address, stored.ctypes.data, stored.nbytes)
         wanted[name] = numbers
-    buffers.copy_rows([0, 1, 2], [1, 0, 0], 3)
+    buffers.copy_rows(np.array([0, 1, 2]), np.array([1, 0, 0]), 3)
     for name, numbers in wanted.items():
         moved = numbers.copy()
         moved[:, :, :3] = numbers[[1, 0, 0], :, :3]

@@ -48,6 +48,13 @@ def attributes(file: str, of: str) -> set[str]:
 CUDA_NAMES = sorted(attributes("cuda.py", r"(self\._)?cuda"))
 
 
+def test_engines_need_no_onnx_runtime() -> None:
+    code = (
+        "import sys, txopt.runtime.model, txopt.runtime.backends.trt; print({'onnxruntime', 'cuda'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_the_source_is_read() -> None:
     assert {"cudaMalloc", "cudaMemcpy3DAsync", "cudaStreamEndCapture", "cudaMemcpyKind", "make_cudaPos"} <= set(
         CUDA_NAMES
