@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.model import Model
 from txopt.runtime.parity import verify
 
+SENTENCES = (Path(__file__).parents[1] / "benchmarks/sentences.txt").read_text("utf-8").splitlines()
 TEXTS = [
     "he was not an ill disposed young man",
     "A cat sat.",
@@ -52,6 +54,25 @@ def expected(checkpoint: Path) -> np.ndarray:
     return np.asarray(torch.nn.functional.normalize(pooled, dim=1).numpy())
 
 
+# precision: size of the weights, points of cosine that are lost at most, percent of nearest neighbours that stay at least
+LOSSES = {"int8": (0.27, 0.1, 98), "int4": (0.17, 1, 90)}
+
+
+@pytest.fixture(scope="module")
+def quantized(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+    from txopt.exporter.quantize import quantize
+
+    made: dict[str, Artifact] = {}
+
+    def make(precision: str) -> Artifact:
+        if precision not in made:
+            out = tmp_path_factory.mktemp("quantized") / precision
+            made[precision] = quantize(artifact.path, out, precision=precision, calibration=SENTENCES, max_loss=1)
+        return made[precision]
+
+    return make
+
+
 def test_it_is_verified(artifact: Artifact) -> None:
     assert artifact.manifest.task == "embedding"
     assert verify(artifact.path).passed
@@ -79,3 +100,36 @@ def test_the_command_line_embeds_the_same(artifact: Artifact, expected: np.ndarr
     assert document["text"] == TEXTS[0]
     np.testing.assert_allclose(document["embedding"], expected[0], rtol=0, atol=1e-5)
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", LOSSES)
+def test_quantized_embeddings_keep_their_directions_and_neighbours(
+    precision: str, artifact: Artifact, quantized: Callable[[str], Artifact]
+) -> None:
+    size, lost, kept = LOSSES[precision]
+    made = quantized(precision)
+    loss = (made.manifest.calibration or {})["loss"]
+    assert loss["metric"]["name"] == "cosine"
+    assert 0 < loss["loss"]["low"] <= loss["loss"]["value"] <= loss["loss"]["high"] < lost
+    assert loss["agreement"]["same_neighbour"]["value"] > kept
+    before, after = (each.manifest.files["weights.data"].size for each in (artifact, made))
+    assert after <= size * before
+    report = verify(made.path)
+    assert report.passed
+    assert report.invariance == {"padding": 0.0, "batch": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", LOSSES)
+def test_a_quantized_embedding_is_equal_to_the_bit_in_any_batch(
+    precision: str, quantized: Callable[[str], Artifact]
+) -> None:
+    """Of texts of 1 to 20 words, alone and in eights."""
+    model = Model(quantized(precision), threads=1)
+    texts = [" ".join(line.split()[: 1 + number % 20]) for number, line in enumerate(SENTENCES[:64])]
+    prepare = model.pipeline("text").prepare
+    for start in range(0, len(texts), 8):
+        batch = texts[start : start + 8]
+        for text, row in zip(batch, model.embed(**prepare(batch)[0]), strict=True):
+            np.testing.assert_array_equal(model.embed(**prepare([text])[0])[0], row)

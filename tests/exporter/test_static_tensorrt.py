@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,6 +26,7 @@ from txopt.runtime.parity import verify
 pytestmark = [pytest.mark.slow, pytest.mark.tensorrt]
 
 FAMILIES = ("g2p", "t5", "whisper")
+ENCODERS = ("bert", "distilbert")  # alone
 Make = Callable[[str, str], Artifact]
 
 
@@ -35,18 +37,19 @@ def sources(
     checkpoints: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Callable[[], Artifact]]:
-    """How to make the artifacts of FAMILIES in float32."""
+    """How to make the artifacts of FAMILIES and ENCODERS in float32."""
 
     def whisper() -> Artifact:
         folder = tmp_path_factory.mktemp("whisper")
         return export(hearing_a_second(checkpoints("whisper"), folder / "checkpoint"), folder / "artifact")
 
-    return {"g2p": lambda: g2p, "t5": lambda: artifacts("t5"), "whisper": whisper}
+    others = {name: partial(artifacts, name) for name in ("t5", *ENCODERS)}
+    return {"g2p": lambda: g2p, "whisper": whisper, **others}
 
 
 @pytest.fixture(scope="module")
 def quantized(sources: Mapping[str, Callable[[], Artifact]], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The artifact of a model (FAMILIES) in a precision (FORMATS), each made once, on a few samples that are made up."""
+    """The artifact of a model (FAMILIES, ENCODERS) in a precision (FORMATS), each made once, on a few samples that are made up."""
     folder, made = tmp_path_factory.mktemp("tensorrt"), dict[tuple[str, str], Artifact]()
     opened = dict[str, Artifact]()
 
@@ -63,7 +66,7 @@ def quantized(sources: Mapping[str, Callable[[], Artifact]], tmp_path_factory: p
 
 
 @pytest.mark.parametrize("precision", FORMATS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODERS])
 def test_the_files_build_with_every_pair_and_nothing_dropped(
     quantized: Make, name: str, precision: str, tmp_path: Path
 ) -> None:
