@@ -115,7 +115,7 @@ def _cell(row: dict[str, Any]) -> str:
     layers = row["layers"]
     parts = [f"{layers['ATTENTION_INPUT']} attention"]
     if row["attention_apart"]:
-        parts[0] += " (apart)"
+        parts[0] += f" ({row['attention_apart']} apart)"
     parts.append(f"{layers['KV_CACHE_UPDATE']} cache")
     if layers["NORMALIZATION"]:
         parts.append(f"{layers['NORMALIZATION']} norm")

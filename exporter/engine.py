@@ -218,7 +218,7 @@ def _advice(told: str) -> str:
     if "memory" in told.lower():
         return "make --max-batch, --max-source or --cache-length smaller, or build on a machine with more memory"
     if "Attention" in told:
-        return "this attention has no kernel; fp16 and bf16 with head sizes up to 256 have"
+        return "this attention has no kernel; export in fp16 or bf16, where head sizes up to 256 have one"
     if "profile" in told.lower() or "shape" in told.lower():
         return "look at the ranges that --dry-run prints, and give others"
     return "export in another precision, or tell us with the model's name"

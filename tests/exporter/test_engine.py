@@ -111,7 +111,7 @@ def test_a_decoder_plan_says_what_the_engine_takes_and_gives(built: Artifact) ->
     step, prefill = plan.profiles
     assert (step.name, prefill.name) == ("step", "prefill")
     assert step.takes({"B": 2, "R": 4, "Q": 1, "T": 16})
-    assert not step.takes({"Q": 2})
+    assert not step.takes({"Q": 3})
     assert prefill.takes({"B": 1, "R": 1, "Q": 8, "T": 1})
     assert not prefill.takes({"T": 17})
 
@@ -283,6 +283,17 @@ def test_attention_without_a_kernel_is_taken_apart(size: int, apart: int, tmp_pa
     assert built.apart == apart
 
 
+@pytest.mark.parametrize(("queries", "apart"), [((1, 1, 1), 1), ((1, 1, 2), 0)])
+def test_attention_of_one_token_alone_has_no_kernel(queries: tuple[int, int, int], apart: int, tmp_path: Path) -> None:
+    """Why a step's profile takes two: to go when this fails."""
+    kinds = [f"float16[R,2,{length},64]" for length in ("Q", 32, 32)]
+    model = parsed(f"({kinds[0]} q, {kinds[1]} k, {kinds[2]} v) => ({kinds[0]} y) {{ y = Attention (q, k, v) }}")
+    ir.save(model, tmp_path / "decoder.onnx")
+    profile = Profile(name="step", axes={"R": (1, 4, 4), "Q": queries})
+    built, _ = Engine("tensorrt-rtx", ["SM89"], Switches()).build(tmp_path / "decoder.onnx", [profile], quiet)
+    assert built.apart == apart
+
+
 def test_a_refusal_names_the_node_and_says_what_to_try(tmp_path: Path) -> None:
     model = parsed("(float[2,8,8] x) => (float[2] y) { y = Det(x) }")
     next(iter(model.graph)).name = "layer.0/Det_7"
@@ -297,7 +308,7 @@ def test_one_row_has_a_profile_of_its_own_where_kernels_are_tuned_for_it(artifac
     """TensorRT tunes kernels for profiles; TensorRT-RTX makes them where a plan runs."""
     planned = engines.plan(artifacts("bart").path, replace(SMALL, runtime="tensorrt", capabilities=()))
     single = Profile.from_json(planned["plans"]["decoder"]["profiles"][0], "", [])
-    assert single == Profile(name="single", axes={"B": (1, 1, 1), "Q": (1, 1, 1), "R": (1, 1, 1), "T": (1, 16, 16)})
+    assert single == Profile(name="single", axes={"B": (1, 1, 1), "Q": (1, 1, 2), "R": (1, 1, 1), "T": (1, 16, 16)})
 
 
 def test_sizes_come_from_the_model(artifacts: Make) -> None:
