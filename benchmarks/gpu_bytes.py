@@ -6,8 +6,7 @@ cross-attention cache whole. Of tables that are only looked up, a step reads a f
 
 import math
 
-import onnx_ir as ir
-
+from txopt.exporter.attempt import graphs_of
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.graphs import SOURCE_AXES
 
@@ -18,7 +17,7 @@ def step_bytes(artifact: Artifact, batch: int, source: int, filled: int) -> int:
     """Bytes of one step of ``batch`` rows, with ``filled`` places in the self-attention cache and sources as long as ``source``."""
     spec, cache = artifact.manifest.graphs["decoder"], artifact.manifest.cache
     assert cache is not None, "a decoder has one"
-    graph = ir.load(artifact.file(spec.file)).graph
+    graph = graphs_of(artifact)["decoder"].graph
     weights = sum(
         value.const_value.nbytes
         for value in graph.initializers.values()
