@@ -1,8 +1,9 @@
 """TensorRT's builders behind one class: a lowered .onnx file in, a plan and a count of its layers out.
 
 Owns every call of TensorRT 10.16 and 11 (``tensorrt``) and TensorRT-RTX (``tensorrt_rtx``), whose Python interfaces differ by a few
-names; which is which is data (LIBRARIES). TensorRT-RTX builds for named GPUs and needs none, nor a driver; TensorRT builds for the GPU
-of the machine. A warning of the parser is an error here: so it says that it drops an input. Knows no artifact.
+names; which is which is data (MANNERS, and LIBRARIES of runtime/engines.py). TensorRT-RTX builds for named GPUs and needs none, nor a
+driver; TensorRT builds for the GPU of the machine. A warning of the parser is an error here: so it says that it drops an input. Knows
+no artifact.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from txopt.runtime.engines import Profile
+from txopt.runtime.engines import LIBRARIES, Profile
 from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError, explain
 
 _HARMLESS = ("has Int64 binding",)
@@ -30,31 +31,21 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
 @dataclass(frozen=True, kw_only=True)
-class Library:
-    """What differs between the libraries.
+class Manner:
+    """What differs between the libraries' builders.
 
     Attributes:
-        modules: names of its module, the usual one first. package: what brings it.
         refused: options that it does not have, and what to do instead.
         needs_gpu: whether it builds for the GPU of the machine and no other.
     """
 
-    modules: tuple[str, ...]
-    package: str
     refused: Mapping[str, str]
     needs_gpu: bool
 
 
-LIBRARIES = {
-    "tensorrt": Library(
-        modules=("tensorrt", "tensorrt_bindings"),
-        package='"tensorrt-cu13>=10.16"',
-        refused={},
-        needs_gpu=True,
-    ),
-    "tensorrt-rtx": Library(
-        modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
-        package="tensorrt-rtx-cu13",
+MANNERS = {
+    "tensorrt": Manner(refused={}, needs_gpu=True),
+    "tensorrt-rtx": Manner(
         refused={
             "any_version": "its plans are of one version; build again after an upgrade",
             "any_hardware": "name every GPU instead: --capability SM80,SM89,SM120",
@@ -109,9 +100,9 @@ class Engine:
     def __init__(self, runtime: str, capabilities: Sequence[str], switches: Switches) -> None:
         if runtime not in LIBRARIES:
             raise UsageError(f"runtime: expected one of {', '.join(LIBRARIES)}, got {runtime!r}")
-        self._library, self._switches = LIBRARIES[runtime], switches
+        self._library, self._manner, self._switches = LIBRARIES[runtime], MANNERS[runtime], switches
         refused = [
-            f"{name.replace('_', '-')}: {why}" for name, why in self._library.refused.items() if getattr(switches, name)
+            f"{name.replace('_', '-')}: {why}" for name, why in self._manner.refused.items() if getattr(switches, name)
         ]
         if refused:
             raise UsageError(explain(f"{runtime} does not have these options:", refused))
@@ -164,7 +155,7 @@ class Engine:
         return built, bytes(memoryview(config.get_timing_cache().serialize())) if kept else None
 
     def _checked(self, runtime: str, capabilities: Sequence[str]) -> tuple[str, ...]:
-        if self._library.needs_gpu:
+        if self._manner.needs_gpu:
             found = _gpu(self._library.package)
             if list(capabilities) not in ([], [found]):
                 raise UsageError(
@@ -183,7 +174,7 @@ class Engine:
 
     def _config(self, builder: Any) -> Any:
         trt, config = self._trt, builder.create_builder_config()
-        if not self._library.needs_gpu:
+        if not self._manner.needs_gpu:
             config.num_compute_capabilities = len(self.capabilities)
             for index, name in enumerate(self.capabilities):
                 config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
@@ -197,7 +188,7 @@ class Engine:
 
     def _timing(self, config: Any, before: bytes | None) -> bool:
         """Whether the library times kernels, and keeps what it measured; TensorRT-RTX does so where plans run."""
-        return self._library.needs_gpu and config.set_timing_cache(config.create_timing_cache(before or b""), False)
+        return self._manner.needs_gpu and config.set_timing_cache(config.create_timing_cache(before or b""), False)
 
     def _refusal(self, file: Path, verb: str, said: Sequence[str]) -> UsageError:
         names = {node.name for node in ir.load(file).graph.all_nodes() if node.name}

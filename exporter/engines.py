@@ -18,13 +18,13 @@ from typing import Any
 import onnx_ir as ir
 
 from txopt.exporter import weights
-from txopt.exporter.engine import LIBRARIES, Built, Engine, Switches
+from txopt.exporter.engine import Built, Engine, Switches
 from txopt.exporter.lowering import tensorrt
 from txopt.exporter.lowering.choice import choice_specs
 from txopt.exporter.plan_cache import PlanCache, key_of
 from txopt.exporter.profiles import Sizes, profiles_of
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.engines import FILE, EngineSet, Plan, Profile, engines_of, to_bytes
+from txopt.runtime.engines import FILE, LIBRARIES, EngineSet, Plan, Profile, engines_of, to_bytes
 from txopt.runtime.errors import ArtifactError, UsageError, explain
 from txopt.runtime.files import FOLDER
 from txopt.runtime.graphs import GraphSpec

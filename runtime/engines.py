@@ -20,9 +20,22 @@ from txopt.runtime.strict_json import Fields, canonical, limited, parse, show
 FILE = f"{FOLDER}/engines.json"
 FORMAT = 1
 LARGEST = 1 << 20  # bytes of the file; hundreds of times what is needed
-RUNTIMES = ("tensorrt", "tensorrt-rtx")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
 Lengths = tuple[int, int, int]  # least, usual, most
+
+
+@dataclass(frozen=True)
+class Library:
+    """Who builds and runs plans: the names of its module, the usual one first, and what pip brings it by."""
+
+    modules: tuple[str, ...]
+    package: str
+
+
+LIBRARIES = {
+    "tensorrt": Library(("tensorrt", "tensorrt_bindings"), '"tensorrt-cu13>=10.16"'),
+    "tensorrt-rtx": Library(("tensorrt_rtx", "tensorrt_rtx_bindings"), "tensorrt-rtx-cu13"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +113,7 @@ class EngineSet:
     """What one build made.
 
     Attributes:
-        runtime: the library, one of RUNTIMES; ``version`` is its version, which a plan of no other can be loaded by, unless
+        runtime: the library, one of LIBRARIES; ``version`` is its version, which a plan of no other can be loaded by, unless
             ``any_version``.
         capabilities: the GPUs it was built for, such as "SM89"; with ``any_hardware`` also others of their generation and later.
         precision: what it computes in.
@@ -143,7 +156,7 @@ class EngineSet:
         if not plans:
             problems.append(f"{where}.plans: expected a plan for each graph, found none")
         return cls(
-            runtime=fields.choice("runtime", RUNTIMES),
+            runtime=fields.choice("runtime", LIBRARIES),
             version=fields.text("version"),
             any_version=fields.get("any_version") is True,
             capabilities=tuple(map(str, capabilities)),

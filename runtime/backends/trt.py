@@ -1,12 +1,12 @@
 """An artifact's TensorRT engines, opened: the library by name, what could crash asked for first, then the plans.
 
-Owns the libraries and the order of the checks: TensorRT ends the process where it meets no driver, so a driver and a GPU are looked
+Owns the order of the checks: TensorRT ends the process where it meets no driver, so a driver and a GPU are looked
 for before it sees a plan, and it sees only plans that the artifact lists. What runs is in plan.py; this knows no generation.
 """
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -17,24 +17,10 @@ from txopt.runtime.backends.fitting import contract_problems, fitting
 from txopt.runtime.backends.plan import OPTIONS, Runner
 from txopt.runtime.backends.runner import Engines
 from txopt.runtime.decoder import THIS_MODEL
-from txopt.runtime.engines import FILE, EngineSet, Plan, engines_of
+from txopt.runtime.engines import FILE, LIBRARIES, EngineSet, Plan, engines_of
 from txopt.runtime.errors import ArtifactError, MissingDependencyError, UsageError, explain
 from txopt.runtime.graphs import GraphSpec
 from txopt.runtime.strict_json import limited
-
-
-@dataclass(frozen=True)
-class Library:
-    """The names of a library's module, the usual one first, and of the package that brings it."""
-
-    modules: tuple[str, ...]
-    package: str
-
-
-LIBRARIES = {
-    "tensorrt": Library(("tensorrt", "tensorrt_bindings"), "tensorrt-cu13"),
-    "tensorrt-rtx": Library(("tensorrt_rtx", "tensorrt_rtx_bindings"), "tensorrt-rtx-cu13"),
-}
 
 
 def open_plans(artifact: Artifact, number: int) -> Engines:
