@@ -183,7 +183,15 @@ def test_arrays_lose_their_padding_and_keep_their_labels(reader: Model, tmp_path
         ({"attention_mask": padded([1], [0], [1, 1])}, r"a\.npz: the inputs do not fit the model"),
         ({"attention_mask": padded([1, 1, 1, 1], [0], [1])}, r"a\.npz\[1\]: attention_mask: .*found padding alone"),
         ({"pixels": np.zeros((3, 4))}, r"(?s)a\.npz: .*pixels: unknown; expected input_ids, attention_mask"),
-        ({"labels": np.zeros((2, 4), np.int64)}, r"labels: expected integers \[3,L\], .*found int64 \[2, 4\]"),
+        ({"labels": np.zeros((2, 4), np.int64)}, r"labels: expected numbers .*\[3,L\], .*found int64 \[2, 4\]"),
+        (
+            {"labels": np.zeros((3, 4))},
+            r"a\.npz\[0\]: labels: expected integers \[L\] of each sample, found float64 \[4\]",
+        ),
+        (
+            {"labels": np.zeros(3, np.int64)},
+            r"a\.npz\[0\]: labels: expected integers \[L\] of each sample, found int64 \[\]",
+        ),
         ({"labels": np.full((3, 2), 4711)}, r"(?s)a\.npz\[0\]: labels: expected ids of 0 to 72, .*found 4711"),
         ({"input_ids": np.zeros((3, 4), object)}, "expected an .npz archive of arrays of numbers"),
     ],
