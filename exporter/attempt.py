@@ -135,10 +135,11 @@ def attempt(
 
 
 def lower(models: Mapping[str, ir.Model], ground: Ground) -> None:
-    """The quantized ``models``, changed in place to what the target opens."""
-    if (
-        ground.target == "tensorrt"
-    ):  # which reads DequantizeLinear as it is, and knows none of ONNX Runtime's own operators
+    """The quantized ``models``, changed in place to what the target opens.
+
+    TensorRT reads weights as they are in the neutral graph, and has none of ONNX Runtime's own operators.
+    """
+    if ground.target == "tensorrt":
         turn_tables(models.values())
     else:
         for model in models.values():

@@ -153,5 +153,5 @@ def _taken(left: deque[int], wanted: _Factors, factors: dict[int, _Factors]) -> 
 
 def _product(parts: Sequence[Length], origins: Origins) -> _Factors:
     factors = [factor for part in parts for factor in origins.factors(origins.of(part))]
-    named = Counter(factor for factor in factors if not isinstance(factor, int))
+    named: Counter[Length] = Counter(factor for factor in factors if not isinstance(factor, int))
     return prod(factor for factor in factors if isinstance(factor, int)), named

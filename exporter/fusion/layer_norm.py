@@ -181,7 +181,7 @@ def _distributed(inverse: ir.Node, found: _Statistics) -> _End | str | None:
     weight = next(filter(_is_weight, scale.inputs), None) if scale is not None else None
     users = [user for user, _ in scale.outputs[0].uses() if user.op_type == "Mul"] if scale is not None else []
     by_x = next((user for user in users if found.x in user.inputs), None)
-    if weight is None or by_x is None:
+    if scale is None or weight is None or by_x is None:
         return None
     rest, bias = None, None
     for scaled_mean in [user for user in users if user is not by_x]:
