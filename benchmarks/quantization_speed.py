@@ -48,7 +48,9 @@ def measure(
                 row |= {f"batch {batch}": _faster(baseline, candidate, batch) for batch in BATCHES}
                 yield {"speed": {name: {shown: row}}}
             if "invariance" in parts:
-                yield {"invariance": {name: {"fp32": moved(baseline), f"{shown} rtn": moved(candidate)}}}
+                labels = {"weights": "rtn", "static": "mse static"}
+                label = f"{precision} {labels.get(scheme, f'rtn {scheme}')}"  # as the losses' variants are named
+                yield {"invariance": {name: {"fp32": moved(baseline), label: moved(candidate)}}}
 
 
 def _faster(baseline: Model, candidate: Model, batch: int) -> dict[str, Any]:
