@@ -117,7 +117,7 @@ def attempt(
     floats = {name: model.clone() for name, model in models.items()}
     for model in floats.values():
         unfold(model.graph)
-    write_answers(artifact, _meant(floats, blocks) if recipe.rounds_activations else floats, directory)
+    write_answers(artifact, _meant(floats, blocks, recipe), directory)
     lower(models, ground)
     proved = products.prove(models, blocks)
     around = _around(artifact, models, floats, blocks)
@@ -220,12 +220,15 @@ def twin(artifact: Artifact, models: Mapping[str, ir.Model], directory: Path) ->
     return Artifact(path=directory, manifest=artifact.manifest)
 
 
-def _meant(floats: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]]) -> dict[str, ir.Model]:
-    """Twins of the graphs with rounded weights in float32, in which activations are rounded as well."""
+def _meant(
+    floats: Mapping[str, ir.Model], blocks: Mapping[str, Mapping[str, Blocks]], recipe: Recipe
+) -> dict[str, ir.Model]:
+    """Twins of the graphs with rounded weights in float32, in which activations are rounded as well, where the recipe does."""
     meant = {name: model.clone() for name, model in floats.items()}
-    for name, model in meant.items():
-        widths = {f"{weight}/rounded": each.scheme.block for weight, each in blocks[name].items()}
-        round_activations(model.graph, widths)
+    if recipe.rounds_activations:
+        for name, model in meant.items():
+            widths = {f"{weight}/rounded": each.scheme.block for weight, each in blocks[name].items()}
+            round_activations(model.graph, widths)
     return meant
 
 
