@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -120,7 +121,8 @@ def test_the_runtimes_engine_leaves_activations_in_float32(scheme: BlockScheme, 
     ir.save(model, tmp_path / "product.onnx")
     runner = Runner(tmp_path / "product.onnx")
     exact = x.astype(np.float64) @ dequantize(exactly(scheme))
-    got, rounded = runner.array(runner.run({"x": x})["y"]), engine(model, x=x)[0]
+    untold = onnxruntime.InferenceSession(tmp_path / "product.onnx", providers=["CPUExecutionProvider"])
+    got, rounded = runner.array(runner.run({"x": x})["y"]), untold.run(None, {"x": x})[0]
     assert np.abs(got - exact).max() < 1e-5 * np.abs(exact).max() < 1e-2 * np.abs(rounded - exact).max()
 
 
