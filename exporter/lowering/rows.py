@@ -79,7 +79,7 @@ class Rows:
             self._rounded[x] = self._round(x)
         q, magnitude = self._rounded[x]
         step = self._number("step", np.float32(1 / LARGEST))
-        integers = [q, codes, step, scales, self._number("middle", np.uint8(MIDDLE))]
+        integers = [q, self._own(codes), step, scales, self._number("middle", np.uint8(MIDDLE))]
         result = product.outputs[0]
         made = ir.node(PRODUCT, integers, domain=CONTRIB, name=f"{result.name}/integers")
         scaled = ir.node("Mul", [made.outputs[0], magnitude], name=f"{result.name}/scaled")
@@ -88,6 +88,16 @@ class Rows:
         self._graph.insert_before(product, [made, scaled])
         result.replace_all_uses_with(new, replace_graph_outputs=True)
         self._graph.remove(product, safe=True)
+
+    def _own(self, codes: ir.Value | None) -> ir.Value | None:
+        """``codes`` for one product more: of a weight that several read, each has a name of its own, for bytes that are stored once.
+
+        Without VNNI on x86 ONNX Runtime (1.32) makes such codes unsigned, by name, and does not open a graph where it did so before.
+        """
+        readers = 0 if codes is None else sum(user.op_type == PRODUCT for user, _ in codes.uses())
+        if not readers or codes is None or codes.const_value is None:
+            return codes
+        return constant(self._graph, f"{codes.name}_{readers + 1}", ir.Tensor(codes.const_value.numpy()))
 
     def stand_in(self, product: ir.Node) -> None:
         """``product`` in float32, of the rounded activations."""

@@ -38,7 +38,7 @@ def test_blocks_are_as_long_as_one_says(precision: str, block: int) -> None:
     asked = recipe_of("weights", precision, "tensorrt", block=block)
     assert isinstance(asked, Recipe)
     assert asked.scheme == BlockScheme(bits={"int8": 8, "int4": 4}[precision], block=block)
-    assert asked.form("w", graph="encoder") == f"{asked.scheme.bits} bits in blocks of {block}"
+    assert asked.form("w", graph="encoder", role=Role.LINEAR) == f"{asked.scheme.bits} bits in blocks of {block}"
 
 
 def test_what_no_block_divides_has_whole_columns_of_8_bits() -> None:
@@ -56,7 +56,7 @@ def test_finer_is_8_bits_for_4_and_float_for_8() -> None:
     assert (scheme(four, "even"), scheme(four, "odd")) == (COLUMNS, None)
     for block in (None, 64):
         eight = Recipe.of("int8", "tensorrt", block=block).with_finer({"even"})
-        assert (scheme(eight, "even"), eight.form("even", graph="decoder")) == (None, None)
+        assert (scheme(eight, "even"), eight.form("even", graph="decoder", role=Role.LINEAR)) == (None, None)
 
 
 @pytest.mark.parametrize(
