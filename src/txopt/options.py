@@ -32,5 +32,5 @@ ReportFile = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="write a page about what was lost and why, also of a refusal"),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, tensorrt, or one of these two with :N")]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]
