@@ -33,8 +33,8 @@ def open_engines(artifact: Artifact, *, device: str, threads: int | None, as_wri
         name: Runner(artifact.file(spec.file), device=device, threads=threads, as_written=as_written)
         for name, spec in manifest.graphs.items()
     }
-    # On the CPU, bfloat16 weights are widened when they are loaded: everything is computed in float32.
-    widened = manifest.precision == "bf16" and manifest.target == "cpu"
+    # ONNX Runtime's CPU provider has no bfloat16: but for cuda, graphs widen such weights and compute in float32.
+    widened = manifest.precision == "bf16" and manifest.target != "cuda"
     return Engines(
         runners=runners,
         specs=manifest.graphs,
