@@ -20,10 +20,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from txopt.runtime.backends.trt_log import log_of
 from txopt.runtime.engines import LIBRARIES, Profile
 from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError, explain
 
-_HARMLESS = ("has Int64 binding",)
 _NO_KERNEL = "not supported by a dedicated kernel"
 _FLOATS = ("FLOAT", "HALF", "BF16")
 _MOST_LINES = 8
@@ -121,8 +121,8 @@ class Engine:
         Raises:
             UsageError: the library does not take the graph; the message names nodes. KeyboardInterrupt: the user's.
         """
-        trt, log = self._trt, _log(self._trt)
-        log.heard.clear()
+        trt, log = self._trt, log_of(self._trt)
+        log.forget()
         builder = trt.Builder(log)
         network = builder.create_network(_typed(trt))
         parser = trt.OnnxParser(network, log)
@@ -140,7 +140,7 @@ class Engine:
             kept = self._timing(config, timing)
             plan = builder.build_serialized_network(network, config)
             if plan is None and _NO_KERNEL in "".join(log.heard):
-                log.heard.clear()
+                log.forget()
                 apart = _take_apart(trt, layers, [trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16])
                 plan = builder.build_serialized_network(network, config)
         if monitor.failed is not None:
@@ -231,22 +231,6 @@ def _module(runtime: str) -> Any:
     raise MissingDependencyError(
         explain(f"engines for {runtime} need {library.package}: pip install {library.package}; found:", problems)
     )
-
-
-@cache
-def _log(trt: Any) -> Any:
-    """The logger of a process: the library keeps the first that it is given."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.heard: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING and not any(each in message for each in _HARMLESS):
-                self.heard.append(message)
-
-    return Log()
 
 
 @cache

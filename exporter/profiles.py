@@ -17,6 +17,7 @@ USUAL_SOURCE = 64  # tokens of a text, what profiles are tuned for where sources
 SECONDS = 30  # of sound, where a manifest sets no bound; at 16 kHz
 _RATE = 16000
 MOST = 1 << 20
+_OPTIONS = {"cache": "--cache-length"}  # of ``txopt engine``; the others are named alike
 # New tokens of a row in a step. Where they can only be one, TensorRT-RTX 1.7 finds no kernel for Attention in half precision with
 # heads of 64; where they may be two it does, and is tuned for one all the same.
 STEP: Lengths = (1, 1, 2)
@@ -57,7 +58,7 @@ class Sizes:
         sizes = {name: asked.get(name) if asked.get(name) is not None else size for name, size in usual.items()}
         bounds = {"source": most_source, "cache": most_cache, "prompt": sizes["cache"]}
         problems = [
-            f"{name}: expected an integer from 1 to {bounds.get(name) or MOST}, got {size!r}"
+            f"{_OPTIONS.get(name, f'--max-{name}')}: expected an integer from 1 to {bounds.get(name) or MOST}, got {size!r}"
             for name, size in sizes.items()
             if type(size) is not int or not 1 <= size <= (bounds.get(name) or MOST)
         ]

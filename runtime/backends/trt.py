@@ -4,10 +4,8 @@ Owns the order of the checks: TensorRT ends the process where it meets no driver
 for before it sees a plan, and it sees only plans that the artifact lists. What runs is in plan.py; this knows no generation.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +14,7 @@ from txopt.runtime.backends import cuda
 from txopt.runtime.backends.fitting import contract_problems, fitting
 from txopt.runtime.backends.plan import OPTIONS, Runner
 from txopt.runtime.backends.runner import Engines
+from txopt.runtime.backends.trt_log import log_of
 from txopt.runtime.decoder import THIS_MODEL
 from txopt.runtime.engines import FILE, LIBRARIES, EngineSet, Plan, engines_of
 from txopt.runtime.errors import ArtifactError, MissingDependencyError, UsageError, explain
@@ -44,7 +43,7 @@ def open_plans(artifact: Artifact, number: int) -> Engines:
     chosen = fitting(sets, versions, capability)
     _check_contract(artifact, chosen)
     library, device = libraries[chosen.runtime], cuda.Device(bindings, number)
-    log = _log(library)
+    log = log_of(library)
     runtime = library.Runtime(log)
     if chosen.any_version and hasattr(runtime, "engine_host_code_allowed"):
         runtime.engine_host_code_allowed = True  # such plans carry the part of the library that runs them
@@ -129,24 +128,3 @@ def _described(artifact: Artifact, chosen: EngineSet, runners: dict[str, Runner]
         most_queries=most_queries,
         limited_by=limited_by,
     )
-
-
-@cache  # the library keeps the first that it is given in a process
-def _log(library: Any) -> Any:
-    """What the library says of errors, the last of it by ``said()``."""
-
-    class Log(library.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self._heard: deque[str] = deque(maxlen=4)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= library.ILogger.Severity.ERROR:
-                self._heard.append(message)
-
-        def said(self) -> str:
-            """The last complaints, which are forgotten then."""
-            heard, self._heard = list(self._heard), deque(maxlen=4)
-            return "; ".join(heard) or "the library gives no reason"
-
-    return Log()

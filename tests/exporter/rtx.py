@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 
 from txopt.exporter import weights
+from txopt.runtime.backends.trt_log import log_of
 
 trt = pytest.importorskip("tensorrt_rtx_bindings", reason="the extra test brings TensorRT-RTX for Linux on x86-64")
 
 CACHE = 64  # its length must be known to TensorRT
 LENGTHS = (1, 4, 8)  # least, usual and most of every other axis
-_HARMLESS = "has Int64 binding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +31,7 @@ class Refused(Exception):
     """It was not parsed, not built, or not without a warning."""
 
 
-class _Log(trt.ILogger):  # type: ignore[misc, name-defined]
-    def __init__(self) -> None:
-        super().__init__()
-        self.heard: list[str] = []
-
-    def log(self, severity: object, message: str) -> None:
-        if severity <= trt.ILogger.Severity.WARNING and _HARMLESS not in message:  # type: ignore[operator]
-            self.heard.append(message)
-
-
-_LOG = _Log()  # the library keeps the first of a process
+_LOG = log_of(trt)
 
 
 def build(file: Path, capability: str = "SM89") -> Built:
@@ -50,7 +40,7 @@ def build(file: Path, capability: str = "SM89") -> Built:
     Raises:
         Refused: it says what TensorRT-RTX said.
     """
-    _LOG.heard.clear()
+    _LOG.forget()
     builder = trt.Builder(_LOG)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, _LOG)

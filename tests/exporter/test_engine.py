@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from txopt.exporter.plan_cache import PlanCache
 from txopt.exporter.profiles import Sizes, profiles_of
 from txopt.runtime import cases
 from txopt.runtime.artifact import Artifact
+from txopt.runtime.backends.trt_log import log_of
 from txopt.runtime.engines import Profile, engines_of
 from txopt.runtime.errors import ArtifactError, MissingDependencyError, UsageError
 from txopt.runtime.parity import verify
@@ -184,6 +186,15 @@ def test_ctrl_c_during_a_build_leaves_everything_as_it_was(artifacts: Make, tmp_
     assert not list((tmp_path / "kept").iterdir())
 
 
+def test_who_builds_and_who_runs_share_a_logger(artifacts: Make, tmp_path: Path) -> None:
+    """The library refuses another while anything lives that was made with the first."""
+    library = import_module("tensorrt_rtx_bindings")
+    running = library.Builder(log_of(library))  # a Runtime takes one likewise, and needs a driver
+    engines.build(artifacts("whisper").path, tmp_path / "out", SMALL)
+    assert engines_of(Artifact.open(tmp_path / "out"))
+    assert running.logger is log_of(library)
+
+
 def test_progress_that_fails_ends_the_build_and_not_the_process(artifacts: Make, tmp_path: Path) -> None:
     def fail(stage: str, done: int = 0, total: int = 0) -> None:
         if done == 5:
@@ -233,10 +244,13 @@ def test_files_that_change_during_a_build_are_not_vouched_for(
         ({"capabilities": ()}, "capability: expected GPUs among SM75, .*, got none"),
         ({"capabilities": ("SM90",)}, "got SM90"),
         ({"runtime": "cuda"}, "runtime: expected one of tensorrt, tensorrt-rtx, got 'cuda'"),
-        ({"cache": 81}, "cache: expected an integer from 1 to 80, got 81"),
-        ({"source": 81}, "source: expected an integer from 1 to 80, got 81"),
-        ({"prompt": 25}, "prompt: expected an integer from 1 to 24, got 25"),
-        ({"batch": 0, "beams": -1}, r"batch: expected an integer from 1(?s:.*)beams: expected an integer from 1"),
+        ({"cache": 81}, "--cache-length: expected an integer from 1 to 80, got 81"),
+        ({"source": 81}, "--max-source: expected an integer from 1 to 80, got 81"),
+        ({"prompt": 25}, "--max-prompt: expected an integer from 1 to 24, got 25"),
+        (
+            {"batch": 0, "beams": -1},
+            r"--max-batch: expected an integer from 1(?s:.*)--max-beams: expected an integer from 1",
+        ),
         ({"switches": Switches(refit=True)}, "refit: its builder needs a CUDA driver"),
         ({"switches": Switches(any_version=True)}, "any-version: its plans are of one version"),
         ({"switches": Switches(any_hardware=True)}, "any-hardware: name every GPU instead"),
