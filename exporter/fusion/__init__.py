@@ -24,16 +24,7 @@ from txopt.exporter.fusion.proof import Fusion, apply, prove
 from txopt.exporter.fusion.recording import Feeds
 from txopt.exporter.fusion.report import NOTHING, Report
 
-FUSIONS: tuple[Fusion, ...] = (
-    rms_norm.fuse,
-    gelu.fuse,
-    rotary.fuse,
-    reshape.fuse,
-    scale.fuse,
-    qkv.fuse,  # after both: Q, K and V are then cut by one shape, and nothing scales one of them
-)
-
-# What graphs from any exporter are searched for; ours never hold a written-out attention or layer norm.
+# What graphs from any exporter are searched for.
 FOREIGN: tuple[Fusion, ...] = (
     reductions.fuse,  # before whatever looks for means, sums and largest numbers
     layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
@@ -48,8 +39,11 @@ FOREIGN: tuple[Fusion, ...] = (
     attention.fuse,  # before those that look for the operator
     reshape.fuse,
     scale.fuse,
-    qkv.fuse,
+    qkv.fuse,  # after both: Q, K and V are then cut by one shape, and nothing scales one of them
 )
+
+# What our own are searched for. Custom modules write out what they like, too; but lengths are read where they first appear.
+FUSIONS: tuple[Fusion, ...] = tuple(rule for rule in FOREIGN if rule is not lengths.fuse)
 
 
 def fuse(
