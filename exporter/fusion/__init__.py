@@ -8,6 +8,7 @@ from txopt.exporter.fusion import (
     attention,
     einsum,
     gelu,
+    groups,
     layer_norm,
     lengths,
     log_softmax,
@@ -38,8 +39,9 @@ FOREIGN: tuple[Fusion, ...] = (
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
     attention.fuse,  # before those that look for the operator
     reshape.fuse,
+    groups.fuse,  # after attention and Reshapes of Reshapes, behind which it looks
     scale.fuse,
-    qkv.fuse,  # after both: Q, K and V are then cut by one shape, and nothing scales one of them
+    qkv.fuse,  # after these: Q, K and V are then cut by one shape, and nothing scales one of them
 )
 
 # What our own are searched for. Custom modules write out what they like, too; but lengths are read where they first appear.
