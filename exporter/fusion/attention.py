@@ -19,9 +19,9 @@ mask; one that drowns every score (-1e9) is added. Rows that mask everything are
 Keys and values that are repeated for groups of heads stay repeated: groups.py sees to them.
 
 Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, a mask that makes the
-scores longer, columns joined to the scores (a sink) or cut from the probabilities, other operators in
-between, results inside that something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a
-MatMul of two computed values before it, or without one after it, is no attention and no refusal.
+scores longer, columns joined to the scores (a sink) or cut from the probabilities, other operators in between, results inside that
+something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a MatMul of two computed values
+before it, or without one after it, is no attention and no refusal.
 """
 
 import math
