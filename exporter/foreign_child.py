@@ -45,7 +45,8 @@ def optimize(
     alone = prove or len(paths(model)) > 1  # a run of the file takes one branch of several
     reports = fuse(model, FOREIGN, [answer.feeds for answer in original.answers] if alone else None)
     fusions = {operator: report.to_json() for operator, report in reports.items()}
-    cache = in_place.rewrite(model, source, reports["Attention"].refused) if in_place_cache else None
+    refused = [reason for name in ("Attention", "Attention.groups") for reason in reports[name].refused]
+    cache = in_place.rewrite(model, source, refused) if in_place_cache else None
     if cache is not None:
         original = in_place_feeds.in_buffers(original, cache)
     progress("lower")

@@ -14,6 +14,9 @@ FOLD_LIMIT = 1024
 
 WEIGHT_PREFIX = "module."
 
+# What onnxscript's rules take for a zero and for a one that changes nothing: anything this near.
+_NEAR = {0.0: 1e-8, 1.0: 1e-5}
+
 
 def clean(model: ir.Model) -> ir.Model:
     """The exporter's graph made small and reproducible: folded, named after the checkpoint, without traces of this machine."""
@@ -21,6 +24,10 @@ def clean(model: ir.Model) -> ir.Model:
     model = passes.InlinePass()(model).model
     transpose_weights(model)
     remove_identities(model.graph)
+    optimizer.fold_constants(
+        model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
+    )
+    _keep_near_numbers(model.graph)
     optimizer.optimize_ir(
         model, num_iterations=2, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
     )
@@ -33,6 +40,28 @@ def clean(model: ir.Model) -> ir.Model:
         model = remove(model).model
     _strip(model)
     return model
+
+
+def _keep_near_numbers(graph: ir.Graph) -> None:
+    """Numbers near zero or one that are neither, such as an epsilon of 1e-12, get an axis: the rules look at those without one."""
+    for node in [node for node in graph.all_nodes() if node.op_type in ("Add", "Sub", "Mul", "Div")]:
+        for index, value in enumerate(node.inputs):
+            number = None if value is None else ir.convenience.get_const_tensor(value)
+            other = node.inputs[1 - index]
+            if number is None or len(number.shape) or other is None or not other.shape:
+                continue
+            distances = {exact: abs(float(number.numpy()) - exact) for exact in _NEAR}
+            if any(0 < distance <= _NEAR[exact] for exact, distance in distances.items()):
+                node.replace_input_with(index, _with_an_axis(graph, number))
+
+
+def _with_an_axis(graph: ir.Graph, number: ir.TensorProtocol) -> ir.Value:
+    name = f"numbers/{number.dtype.name.lower()}_{float(number.numpy())!r}"
+    if name not in graph.initializers:
+        tensor = ir.tensor(number.numpy().reshape(1), dtype=number.dtype, name=name)
+        kind = ir.TensorType(number.dtype)
+        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([1]), type=kind, const_value=tensor)
+    return graph.initializers[name]
 
 
 def remove_identities(graph: ir.Graph) -> None:

@@ -8,8 +8,9 @@
     masks           are padded to S with what masks; where there is none, one hides the places from P+L on
     is_causal       becomes a mask: outside of the operator's own cache it counts keys from the first place on, before as after
 
-Attention must be fused first: only it and Shape may read a present, and only the Concat and Shape a past. Pasts that are only read, as
-cross-attention has them, stay as they are. Sources: ONNX operators Attention and TensorScatter (opset 24). Every mask is explicit, and
+Attention must be fused first: only it and Shape may read a present, and only the Concat and Shape a past; keys and values that were
+repeated for groups of heads are read as the few heads that they are (fusion/groups.py). Pasts that are only read, as cross-attention
+has them, stay as they are. Sources: ONNX operators Attention and TensorScatter (opset 24). Every mask is explicit, and
 ``nonpad_kv_seqlen`` is not used: TensorRT leaves that input out and takes no mask beside ``is_causal``.
 """
 

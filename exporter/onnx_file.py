@@ -134,7 +134,11 @@ def fold(model: ir.Model) -> None:
     """Changes ``model`` in place: constants of up to FOLD_LIMIT elements folded, equal nodes made one, unused ones removed."""
     for _ in range(2):  # what was folded may make two nodes equal, and those a constant
         optimizer.fold_constants(
-            model, onnx_shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=FOLD_LIMIT,
+            output_size_limit=FOLD_LIMIT,
+            should_fold=_is_a_number,
         )
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.DeduplicateInitializersPass(size_limit=_LENGTHS)(model)
@@ -142,6 +146,12 @@ def fold(model: ir.Model) -> None:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.RemoveUnusedNodesPass()(model)
+
+
+def _is_a_number(node: ir.Node) -> bool | None:
+    """Whether a ConstantOfShape has no axes, as in torch's old exporter; TensorRT's parser warns of empty shapes. None: as usual."""
+    shape = node.inputs[0].const_value if node.op_type == "ConstantOfShape" and node.inputs[0] is not None else None
+    return True if shape is not None and not shape.size else None
 
 
 def _bring_in(model: ir.Model) -> None:

@@ -125,7 +125,7 @@ def export(
         traced = trace(opened.source, computed)
         advance("fuse")
         feeds = proof_feeds.feeds(traced.specs, cases, opened.source.facts.limit) if prove else {}
-        reports = {name: fusion.fuse(model, feeds=feeds.get(name)) for name, model in traced.graphs.items()}
+        reports = {name: fusion.fuse(model, fusion.FUSIONS, feeds.get(name)) for name, model in traced.graphs.items()}
         advance("lower")
         for model in traced.graphs.values():
             LOWERINGS[target](model, precision)

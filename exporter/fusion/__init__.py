@@ -9,6 +9,7 @@ from txopt.exporter.fusion import (
     choices,
     einsum,
     gelu,
+    groups,
     layer_norm,
     lengths,
     log_softmax,
@@ -26,16 +27,7 @@ from txopt.exporter.fusion.proof import Fusion, apply, prove
 from txopt.exporter.fusion.recording import Feeds
 from txopt.exporter.fusion.report import NOTHING, Report
 
-FUSIONS: tuple[Fusion, ...] = (
-    rms_norm.fuse,
-    gelu.fuse,
-    rotary.fuse,
-    reshape.fuse,
-    scale.fuse,
-    qkv.fuse,  # after both: Q, K and V are then cut by one shape, and nothing scales one of them
-)
-
-# What graphs from any exporter are searched for; ours never hold a written-out attention or layer norm.
+# What graphs from any exporter are searched for.
 FOREIGN: tuple[Fusion, ...] = (
     reductions.fuse,  # before whatever looks for means, sums and largest numbers
     layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
@@ -51,9 +43,13 @@ FOREIGN: tuple[Fusion, ...] = (
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
     attention.fuse,  # before those that look for the operator
     reshape.fuse,
+    groups.fuse,  # after attention and Reshapes of Reshapes, behind which it looks
     scale.fuse,
-    qkv.fuse,
+    qkv.fuse,  # after these: Q, K and V are then cut by one shape, and nothing scales one of them
 )
+
+# What our own are searched for. Custom modules write out what they like, too; but lengths are read where they first appear.
+FUSIONS: tuple[Fusion, ...] = tuple(rule for rule in FOREIGN if rule is not lengths.fuse)
 
 
 def fuse(

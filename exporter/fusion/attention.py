@@ -5,23 +5,24 @@
 Found from its Softmax, by meaning rather than by one spelling:
 
     scores   MatMul of Q and K^T, 4D [B,H,Q,D], 5D [B,G,H,Q,D] or 3D [N,Q,D]; 3D scores may be cut into [B,H,Q,K] for the mask and
-             joined again
-    K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew
+             joined again. Or of K and Q^T, softmaxed over its rows, and transposed before V
+    K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew; so Q^T
     scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
     mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
     around   Cast between floats, Identity, Dropout out of training, torch's and Keras' guards for rows that mask everything;
-             Transpose, undone before V, with nothing but scales and the Softmax along the keys in between
+             Transpose, undone before V, with scales, masks and the Softmax along the keys in between; masks are transposed with
+             the scores
 
 Source: ONNX operators Attention (opset 23 and 24) and Softmax (opset 13). The model must be at opset 24 and its constants folded
 into initializers; a scale may also be computed from a known length. A fill of -inf or the dtype's least number becomes a boolean
 mask; one that drowns every score (-1e9) is added. Rows that mask everything are the engine's affair: ONNX Runtime gives zeros for
 -inf, least numbers and booleans. Lengths that are not known are taken to be those that the operator asks for.
-Keys and values that are repeated for groups of heads stay repeated.
+Keys and values that are repeated for groups of heads stay repeated: groups.py sees to them.
 
 Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, a mask that makes the
-scores longer, masks of transposed scores, columns joined to the scores (a sink) or cut from the probabilities, other operators in
-between, results inside that something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a
-MatMul of two computed values before it, or without one after it, is no attention and no refusal.
+scores longer, columns joined to the scores (a sink) or cut from the probabilities, other operators in between, results inside that
+something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a MatMul of two computed values
+before it, or without one after it, is no attention and no refusal.
 """
 
 import math
@@ -76,14 +77,17 @@ class _Refusal(Exception):
 
 @dataclass
 class _Chain:
-    """What was met on the way from the scores to V; ``rank`` is that of the scores here, ``heads`` the shape that cut them,
-    ``order`` says which of their axes each axis is (None: as they are)."""
+    """What was met on the way from the scores to V; ``rank`` is that of the scores here, ``heads`` the shape that cut them.
+
+    ``order`` says which of their axes each axis is (None: as they are), ``softmaxed`` along which one the Softmax is, from the end.
+    """
 
     rank: int
     scale: float = 1.0
     terms: list[Term] = field(default_factory=list)
     heads: ir.Value | None = None
     order: tuple[int, ...] | None = None
+    softmaxed: int | None = None
 
     def take(self, node: ir.Node, index: int) -> None:
         """One step before the Softmax; ``index`` says which input the scores are."""
@@ -92,11 +96,11 @@ class _Chain:
         elif node.op_type in ("Add", "Sub"):
             if node.op_type == "Sub" and index == 1:
                 raise _Refusal(f"{node.name} subtracts the scores")
-            self._mask_by(node.name, Term(_input(node, 1 - index), self.rank, negative=node.op_type == "Sub"))
+            self._mask_by(Term(_input(node, 1 - index), self.rank, self.order, negative=node.op_type == "Sub"))
         elif node.op_type == "Where":
             fill = _fill(node, 3 - index)
             whole = fill <= least(node.outputs[0].dtype)
-            self._mask_by(node.name, Term(_input(node, 0), self.rank, fill=fill, keeps=index == 1, whole=whole))
+            self._mask_by(Term(_input(node, 0), self.rank, self.order, fill=fill, keeps=index == 1, whole=whole))
         elif node.op_type == "Max" and len(node.inputs) == 2:
             _fill(node, 1 - index)
         elif node.op_type == "Reshape":
@@ -123,10 +127,9 @@ class _Chain:
         now = tuple(before[axis] for axis in order)
         self.order = None if now == tuple(range(self.rank)) else now
 
-    def is_of_keys(self, axis: int) -> bool:
-        """Whether ``axis`` of the scores, as they are here, is that of the keys."""
+    def softmax(self, axis: int) -> None:
         order = self.order or tuple(range(self.rank))
-        return -self.rank <= axis < self.rank and order[axis] == self.rank - 1
+        self.softmaxed = order[axis] - self.rank if -self.rank <= axis < self.rank else None
 
     def cut(self, reshape: ir.Node) -> None:
         """[N,Q,K] to [B,H,Q,K] or back."""
@@ -144,10 +147,15 @@ class _Chain:
 
     def zero(self, where: ir.Node) -> None:
         """A mask that leaves zeros where a row masks everything: as with -inf, whatever it fills with."""
-        if where.inputs[0] not in [term.value for term in self.terms if term.fill is not None and term.keeps]:
+        same = [
+            term.value is where.inputs[0] and term.fill is not None and term.keeps and term.order == self.order
+            for term in self.terms
+        ]
+        if not any(same):
             raise _Refusal(f"{where.name} changes the probabilities by another mask than the scores'")
         self.terms = [
-            replace(term, fill=-math.inf, whole=True) if term.value is where.inputs[0] else term for term in self.terms
+            replace(term, fill=-math.inf, whole=True) if also else term
+            for term, also in zip(self.terms, same, strict=True)
         ]
 
     def _scale_by(self, node: ir.Node, index: int) -> None:
@@ -158,9 +166,7 @@ class _Chain:
             raise _Refusal(f"{node.name} scales after the mask")
         self.scale *= 1 / factor if node.op_type == "Div" else factor
 
-    def _mask_by(self, name: str | None, term: Term) -> None:
-        if self.order is not None:
-            raise _Refusal(f"{name} masks scores that were transposed")
+    def _mask_by(self, term: Term) -> None:
         if rank_of(term.value) is None:
             raise _Refusal(f"the rank of the mask {term.value.name} is not known")
         self.terms.append(term)
@@ -168,8 +174,8 @@ class _Chain:
 
 def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
     scores, last = above[0].node, below[-1].node
-    q, kt, v = _input(scores, 0), _input(scores, 1), _input(last, 1)
-    ranks = rank_of(q), rank_of(kt), rank_of(v)
+    rows, columns, v = _input(scores, 0), _input(scores, 1), _input(last, 1)
+    ranks = rank_of(rows), rank_of(columns), rank_of(v)
     if ranks[0] is None or None in ranks:
         raise _Refusal("the ranks of Q, K and V are not known")
     if ranks[0] not in (3, 4, 5) or ranks[0] != ranks[1]:
@@ -177,28 +183,30 @@ def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
     chain = _followed(softmax, above, below, ranks[0])
     if chain.rank != ranks[2]:
         raise _Refusal(f"the probabilities have {chain.rank} axes and V {ranks[2]}")
-    _check_batches(q, kt, v)
-    query, scale_q = _factor(q)
-    scaled, scale_kt = _factor(kt)
-    key, permutation = untransposed(scaled, ranks[0])
-    key, scale_k = _factor(key)
-    query, key = _narrow(query, v), _narrow(key, v)
-    dtypes = {value.dtype for value in (query, key, v)} - {None}
+    turned = chain.order is not None
+    _check_batches(*((columns, rows) if turned else (rows, columns)), v)
+    row, scale_rows = _factor(rows)
+    scaled, scale_columns = _factor(columns)
+    column, permutation = untransposed(scaled, ranks[0])
+    column, scale_column = _factor(column)
+    row, column = _narrow(row, v), _narrow(column, v)
+    dtypes = {value.dtype for value in (row, column, v)} - {None}
     if len(dtypes) > 1:
         raise _Refusal(f"Q, K and V are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
-    scale = chain.scale * scale_q * scale_kt * scale_k
+    scale = chain.scale * scale_rows * scale_columns * scale_column
     if scale <= 0:
         raise _Refusal(f"the scale {scale:g} is not positive")
     wide = _input(softmax, 0).dtype == ir.DataType.FLOAT and dtypes.isdisjoint({ir.DataType.FLOAT})
     return Block(
         name=f"{softmax.name}/Attention",
-        q=query,
-        k=key,
+        rows=row,
+        columns=column,
         v=v,
         permutation=permutation,
+        turned=turned,
         scale=scale,
         terms=tuple(chain.terms),
-        lengths=(length(q, -2), length(kt, -1)),
+        lengths=(length(rows, -2), length(columns, -1)),
         ranks=(ranks[0], chain.rank),
         heads=chain.heads,
         wide=wide and bool(dtypes),
@@ -222,9 +230,8 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
         chain.zero(below[0].node)
         guard.add(below[0].node)
     axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
-    if not chain.is_of_keys(axis):
-        raise _Refusal(f"its axis is {axis}, not that of the keys")
-    if guard and chain.order is not None:
+    chain.softmax(axis)
+    if guard and axis not in (-1, chain.rank - 1):
         raise _Refusal("it is guarded, and its scores were transposed")
     _check_alone(softmax, below[0].node, guard)
     for step, reader in zip(below[:-1], following[len(above) + 1 :], strict=True):
@@ -237,8 +244,11 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
         elif step.node not in guard and not changes_nothing(step.node):
             raise _Refusal(f"{step.node.name} changes the probabilities")
         _check_alone(step.node, reader, set())
-    if chain.order is not None:
+    axes = tuple(range(chain.rank))
+    if chain.order not in (None, (*axes[:-2], axes[-1], axes[-2])):
         raise _Refusal("V meets the probabilities transposed")
+    if chain.softmaxed != (-1 if chain.order is None else -2):
+        raise _Refusal(f"its axis is {axis}, not that of the keys")
     return chain
 
 
@@ -253,13 +263,15 @@ def _check_alone(node: ir.Node, reader: ir.Node, beside: set[ir.Node]) -> None:
 
 
 def _check_batches(q: ir.Value, kt: ir.Value, v: ir.Value) -> None:
-    """The operator broadcasts no batches, and heads only where K and V both have one."""
+    """The operator broadcasts no batches, and heads only where K and V both have one, for all or for each group."""
     same_rank = rank_of(q) == rank_of(v)
     if differ(q, kt, 0) or (same_rank and differ(kt, v, 0)):
         raise _Refusal("the batches of Q, K and V are not the same")
     if rank_of(q) == 4 and (differ(kt, v, 1) or (differ(q, kt, 1) and length(kt, 1) != 1)):
         raise _Refusal("the heads of Q, K and V are not the same")
-    if rank_of(q) == 5 and any(differ(q, other, axis) for other in (kt, v) for axis in (1, 2)):
+    if rank_of(q) == 5 and (
+        differ(q, kt, 1) or differ(q, v, 1) or differ(kt, v, 2) or (differ(q, kt, 2) and length(kt, 2) != 1)
+    ):
         raise _Refusal("the groups of Q, K and V are not the same")
 
 

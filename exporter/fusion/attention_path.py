@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from txopt.exporter.algebra import scalar
 from txopt.exporter.graph import FOLD_LIMIT
-from txopt.exporter.shapes import length, lengths_of
+from txopt.exporter.origins import origin
+from txopt.exporter.shapes import lengths_of
 
 _UNARY = ("Cast", "Identity", "Reshape", "Clip", "Transpose")  # what follows on the way is their first input
 _BEFORE = (*_UNARY, "Add", "Sub", "Mul", "Div", "Where", "Max", "Tanh", "Concat")
@@ -187,9 +188,9 @@ def _behind_three_axes(kt: ir.Value) -> ir.Value | None:
     joined, cut = lengths_of(join.inputs[1]), lengths_of(split.inputs[1])
     if permutation is None or tuple(permutation.as_ints()) != (0, 2, 1) or joined is None or cut is None:
         return None
-    wanted = [((k, axis), length(k, axis)) for axis in range(4)]
+    wanted = [origin((k, axis)) for axis in range(4)]
     found = [*zip(joined[1:], wanted[2:], strict=False), *zip(cut, (wanted[i] for i in (0, 1, 3, 2)), strict=False)]
-    return k if (len(joined), len(cut)) == (3, 4) and all(one in several for one, several in found) else None
+    return k if (len(joined), len(cut)) == (3, 4) and all(origin(one) == length for one, length in found) else None
 
 
 def _producer(node: ir.Node | None, op_type: str) -> ir.Node | None:

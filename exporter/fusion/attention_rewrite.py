@@ -5,13 +5,13 @@ off, and ONNX Runtime wants every query's row. Blocks that are masked by the sam
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from txopt.exporter.fusion.attention_path import least
-from txopt.exporter.fusion.replace import replace
+from txopt.exporter.fusion.replace import replace as replace_by
 from txopt.exporter.graph import integers
 from txopt.exporter.origins import origin
 from txopt.exporter.shapes import length, lengths_of, rank_of
@@ -19,11 +19,13 @@ from txopt.exporter.shapes import length, lengths_of, rank_of
 
 @dataclass(frozen=True)
 class Term:
-    """What masks scores of ``rank`` axes: ``value`` is added, or subtracted if ``negative``; with a ``fill`` it is a boolean that
-    ``keeps`` scores or fills them. ``whole``: the fill is -inf or the dtype's least number."""
+    """What masks scores of ``rank`` axes, which are in ``order`` then (None: as they were computed): ``value`` is added, or
+    subtracted if ``negative``; with a ``fill`` it is a boolean that ``keeps`` scores or fills them. ``whole``: the fill is -inf or
+    the dtype's least number."""
 
     value: ir.Value
     rank: int
+    order: tuple[int, ...] | None = None
     negative: bool = False
     fill: float | None = None
     keeps: bool = True
@@ -32,17 +34,19 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One attention: V and, by ``permutation`` (None: as it is), K; ``lengths`` of queries and keys, as far as they are known.
+    """One attention, of the product of ``rows`` and of ``columns``, transposed: by ``permutation``, or as they are where it is None.
 
-    ``ranks`` are those of Q with K and of V, ``heads`` the shape [B,H,Q,K] if 3D scores were cut; ``wide``: the Softmax is computed
-    in float32 for narrower Q. ``last`` is the MatMul with V.
+    These are Q and K, or K and Q if the product is ``turned``; ``lengths`` are theirs, as far as they are known. ``ranks`` are those
+    of the product and of V, ``heads`` the shape [B,H,Q,K] if 3D scores were cut; ``wide``: the Softmax is computed in float32 for
+    narrower Q. ``last`` is the MatMul with V.
     """
 
     name: str
-    q: ir.Value
-    k: ir.Value
+    rows: ir.Value
+    columns: ir.Value
     v: ir.Value
     permutation: tuple[int, ...] | None
+    turned: bool
     scale: float
     terms: tuple[Term, ...]
     lengths: tuple[int | str | None, int | str | None]
@@ -51,26 +55,38 @@ class Block:
     wide: bool
     last: ir.Node
 
+    @property
+    def queries(self) -> ir.Value:
+        """Q, maybe transposed."""
+        return self.columns if self.turned else self.rows
+
 
 def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> None:
     """Replaces ``block`` in ``graph``; ``masks`` holds the joined masks of earlier blocks, and takes this one's."""
     new = _Nodes(graph, block.name)
-    k = block.k if block.permutation is None else new.add("Transpose", [block.k], perm=list(block.permutation))
-    q, k, v = (
+    columns = block.columns
+    if block.permutation is not None:
+        columns = new.add("Transpose", [columns], perm=list(block.permutation))
+    rows = block.rows
+    q, k = (columns, rows) if block.turned else (rows, columns)
+    inputs = [
         _by_head(new, value, rank, block.heads)
-        for value, rank in ((block.q, block.ranks[0]), (k, block.ranks[0]), (block.v, block.ranks[1]))
-    )
-    inputs = [q, k, v]
+        for value, rank in ((q, block.ranks[0]), (k, block.ranks[0]), (block.v, block.ranks[1]))
+    ]
     if block.terms:
-        inputs.append(_widened(new, block, _joined(new, block, masks)))
+        terms = tuple(_turned(new, block, term, masks) for term in block.terms)
+        inputs.append(_widened(new, block, terms, (q, k), _joined(new, block, terms, masks)))
     precision = {"softmax_precision": int(ir.DataType.FLOAT)} if block.wide else {}
     y = new.add("Attention", inputs, scale=block.scale, **precision)
     if block.ranks[1] == 3 and block.heads is None:
         new.add("Squeeze", [y, integers(graph, [1])])
-    elif block.ranks[1] != 4:  # the axes before queries or keys as V has them
-        sizes = [new.add("Shape", [block.v], start=0, end=-2), new.add("Shape", [y], start=2)]
+    elif block.ranks[1] != 4:  # the axes before queries as V has them, but for groups that share one head of it
+        sizes = [
+            new.add("Shape", [q if block.ranks[1] == 5 else block.v], start=0, end=-2),
+            new.add("Shape", [y], start=2),
+        ]
         new.add("Reshape", [y, new.add("Concat", sizes, axis=0)])
-    replace(block.last, *new.nodes)
+    replace_by(block.last, *new.nodes)
 
 
 class _Nodes:
@@ -124,15 +140,36 @@ def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) ->
     return new.add("Reshape", [value, new.add("Concat", [cut, rest], axis=0)])
 
 
-def _joined(new: _Nodes, block: Block, masks: dict[object, ir.Value]) -> ir.Value:
-    """One mask of all terms: boolean if all are and nothing of the masked scores is left, else added, in Q's dtype."""
-    dtype = block.q.dtype or ir.DataType.FLOAT
-    scope = block.last.graph  # a mask that is made in one body is not there in another
-    key = (scope, block.terms, dtype, block.heads, block.q if block.ranks[0] == 5 else block.ranks[0] == 3)
+def _turned(new: _Nodes, block: Block, term: Term, masks: dict[object, ir.Value]) -> Term:
+    """``term`` for scores [..,Q,K], whatever order they were in when it masked them."""
+    computed = list(range(term.rank))
+    wanted = [*computed[:-2], computed[-1], computed[-2]] if block.turned else computed
+    order = [(term.order or computed).index(axis) for axis in wanted]
+    value, rank = term.value, rank_of(term.value)
+    if order == computed or not rank:
+        return replace(term, order=None)
+    key = (block.last.graph, value, tuple(order))
     if key not in masks:
-        terms = [(term, _in_four_axes(new, block, term)) for term in block.terms]
-        boolean = all(term.fill is not None and term.whole for term in block.terms)
-        masks[key] = _boolean(new, terms) if boolean else _added(new, terms, dtype)
+        lengths = [1] * (term.rank - rank) + [
+            None if value.shape is None else value.shape[axis] for axis in range(rank)
+        ]
+        wide = (
+            value if rank == term.rank else new.add("Unsqueeze", [value, integers(new.graph, range(term.rank - rank))])
+        )
+        masks[key] = new.add("Transpose", [wide], perm=order)
+        masks[key].type, masks[key].shape = value.type, ir.Shape([lengths[axis] for axis in order])
+    return replace(term, value=masks[key], order=None)
+
+
+def _joined(new: _Nodes, block: Block, terms: Sequence[Term], masks: dict[object, ir.Value]) -> ir.Value:
+    """One mask of all terms: boolean if all are and nothing of the masked scores is left, else added, in Q's dtype."""
+    dtype = block.queries.dtype or ir.DataType.FLOAT
+    scope = block.last.graph  # a mask that is made in one body is not there in another
+    key = (scope, *terms, dtype, block.heads, block.queries if block.ranks[0] == 5 else block.ranks[0] == 3)
+    if key not in masks:
+        beside = [(term, _in_four_axes(new, block, term)) for term in terms]
+        boolean = all(term.fill is not None and term.whole for term in terms)
+        masks[key] = _boolean(new, beside) if boolean else _added(new, beside, dtype)
     return masks[key]
 
 
@@ -140,7 +177,7 @@ def _in_four_axes(new: _Nodes, block: Block, term: Term) -> ir.Value:
     """A mask beside the scores that it was for, which are [B,H,Q,K] now; numpy's rules align it from the right."""
     value, rank = term.value, rank_of(term.value)
     if term.rank == 5 and rank is not None and rank > 2:
-        whole = [new.add("Shape", [block.q], start=0, end=3), new.add("Shape", [value], start=-2)]
+        whole = [new.add("Shape", [block.queries], start=0, end=3), new.add("Shape", [value], start=-2)]
         return _by_head(new, new.add("Expand", [value, new.add("Concat", whole, axis=0)]), 5, None)
     if term.rank == 3 and rank == 3 and length(value, 0) != 1:
         return _by_head(new, value, 3, block.heads)
@@ -173,9 +210,12 @@ def _added(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataTy
     return mask
 
 
-def _widened(new: _Nodes, block: Block, mask: ir.Value) -> ir.Value:
-    ends = [(length(term.value, -2), length(term.value, -1)) for term in block.terms if (rank_of(term.value) or 0) >= 2]
-    queries, keys = block.lengths
+def _widened(
+    new: _Nodes, block: Block, terms: Sequence[Term], operands: tuple[ir.Value, ir.Value], mask: ir.Value
+) -> ir.Value:
+    """``mask`` of ``terms`` with a row for each query and a column for each key of the ``operands`` Q and K."""
+    ends = [(length(term.value, -2), length(term.value, -1)) for term in terms if (rank_of(term.value) or 0) >= 2]
+    queries, keys = reversed(block.lengths) if block.turned else block.lengths
     if (
         queries is not None
         and keys is not None
@@ -183,6 +223,5 @@ def _widened(new: _Nodes, block: Block, mask: ir.Value) -> ir.Value:
         and keys in {end[1] for end in ends}
     ):
         return mask
-    keys_at = -2 if block.permutation is None else block.permutation[-2]
-    sizes = [new.length(block.q, -2), new.length(block.k, keys_at)]
+    sizes = [new.length(operand, -2) for operand in operands]
     return new.add("Expand", [mask, new.add("Concat", sizes, axis=0)])

@@ -26,6 +26,7 @@ from txopt.exporter.fusion.norm_path import (
     inverse,
     more_axes,
     multiplied,
+    name_of,
     power,
     read_elsewhere,
     scaled,
@@ -68,13 +69,14 @@ class _Statistics:
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a variance that nobody takes the root of is no norm and no refusal."""
     report = Report("LayerNormalization", barred, paths(model))
+    taken = {str(node.name) for node in model.graph.all_nodes()}
     for variance in [node for node in model.graph.all_nodes() if node.op_type == "ReduceMean"]:
         match = _match(variance)
         if isinstance(match, str):
             report.refuse(variance, match)
         elif match is not None and not report.bars(variance):
             report.took(variance, match.last.outputs[0])
-            _rewrite(match)
+            _rewrite(match, name_of(match.last, "LayerNormalization", taken))
     return report
 
 
@@ -218,10 +220,8 @@ def _dtype_problem(x: ir.Value, *weights: ir.Value | None) -> str | None:
     return f"{narrow[0].name} is {narrow[0].dtype}, x is {x.dtype}" if narrow else None
 
 
-def _rewrite(norm: _Norm) -> None:
-    scope = norm.last.name.rpartition("/")[0] if norm.last.name else ""
+def _rewrite(norm: _Norm, name: str) -> None:
     attributes = {"axis": norm.axis, "epsilon": norm.epsilon, "stash_type": 1}
     weights = [norm.weight, *([norm.bias] if norm.bias is not None else [])]
     inputs = [norm.x, *(without_ones(weight, -norm.axis) for weight in weights)]
-    name = f"{scope}/LayerNormalization" if scope else "LayerNormalization"
     replace(norm.last, ir.node("LayerNormalization", inputs, attributes=attributes, name=name))

@@ -2,11 +2,10 @@
 
     MatMul(Reshape(a), Reshape(b)) -> Reshape          becomes   MatMul(Transpose(a), Transpose(b))
     MatMul(a, b) -> Transpose of the last two axes     becomes   MatMul(Transpose(b), Transpose(a))
-    MatMul(k, q^T) -> .. -> Softmax over its rows      becomes   MatMul(q, k^T) -> Transpose -> .. -> Softmax
 
 tf2onnx writes an einsum as a product of matrices of three axes, with all batches and heads in the first: between its Unsqueeze,
-Transpose, Reshape and Squeeze stand the lengths, computed in the graph. Keras writes keys times queries. Source: ONNX operators MatMul
-(opset 13), whose batches broadcast, and Reshape, which keeps the order of elements; (A B)^T = B^T A^T.
+Transpose, Reshape and Squeeze stand the lengths, computed in the graph. Keras writes keys times queries and turns them. Source: ONNX
+operators MatMul (opset 13), whose batches broadcast, and Reshape, which keeps the order of elements; (A B)^T = B^T A^T.
 
 Joined batches may broadcast only where one of them is 1 as a whole, and then each of its axes is 1: apart, they broadcast alike.
 Refused, with the node's name: joined batches of which several pairs do not show to be equal, a product that is not cut as its
@@ -20,12 +19,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from txopt.exporter.bodies import paths
-from txopt.exporter.fusion.attention_path import after, before
+from txopt.exporter.fusion.attention_path import before
 from txopt.exporter.fusion.replace import replace as put
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.origins import Origins
 from txopt.exporter.rearranged import Axes, behind, rearranged
-from txopt.exporter.shapes import length, order_of, rank_of
+from txopt.exporter.shapes import length, rank_of
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,6 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
         elif found is not None and not report.bars(node):
             report.took(node, found.last.outputs[0])
             _rewrite(node, found)
-    for softmax in [node for node in model.graph.all_nodes() if node.op_type == "Softmax"]:
-        product = _keys_by_queries(softmax)
-        if product is not None and not report.bars(product):
-            report.took(product, product.outputs[0])
-            _turn(product)
     passes.RemoveUnusedNodesPass()(model)
     return report
 
@@ -179,31 +173,3 @@ def _multiplied(product: ir.Node, left: _Side, right: _Side) -> list[ir.Node]:
     for index, node in enumerate(nodes):
         node.name = f"{product.name}/{node.op_type}_{index}"
     return nodes
-
-
-def _keys_by_queries(softmax: ir.Node) -> ir.Node | None:
-    """The product whose rows ``softmax`` is over, if what comes of it is turned before it meets V."""
-    steps, below = before(softmax), after(softmax)
-    rank = rank_of(softmax.outputs[0])
-    if not steps or not below or rank is None or not _is_over_rows(softmax):
-        return None
-    turns = [order_of(step.node) for step in below if step.node.op_type == "Transpose"]
-    rearranges = any(step.node.op_type in ("Reshape", "Transpose") for step in steps)
-    return steps[0].node if turns == [(*range(rank - 2), rank - 1, rank - 2)] and not rearranges else None
-
-
-def _turn(product: ir.Node) -> None:
-    origins, sides = Origins(), list[_Side]()
-    for value in product.inputs:
-        assert value is not None, "before() found a product of two values"
-        rank = rank_of(value) or 0
-        as_it_is = _Side(value, tuple(range(rank - 2)), (rank - 2, rank - 1), joined=False)
-        side = _side(value, origins)
-        sides.append(as_it_is if side is None or side.joined else side)
-    left, right = sides
-    nodes = _multiplied(product, right.transposed, left.transposed)
-    result, rank = product.outputs[0], len(left.order)
-    swapped = [*range(rank - 2), rank - 1, rank - 2]
-    scores = nodes[-1].outputs[0]
-    scores.type, scores.shape = result.type, ir.Shape([length(result, axis) for axis in swapped])
-    put(product, *nodes, ir.node("Transpose", [scores], attributes={"perm": swapped}, name=f"{product.name}/turned"))

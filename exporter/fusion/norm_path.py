@@ -185,5 +185,17 @@ def read_elsewhere(last: ir.Node, *sources: ir.Value) -> str | None:
     return None
 
 
+def name_of(last: ir.Node, operator: str, taken: set[str]) -> str:
+    """The name of the ``operator`` that gives what ``last`` gave: in its scope, or behind its own name where that is taken.
+
+    There may be no scope, as in decoders that were given a cache, and a module may run twice. The name is added to ``taken``.
+    """
+    own = last.name or ""
+    name = f"{own.rpartition('/')[0] or own}/{operator}".lstrip("/")
+    name = f"{own}/{operator}" if name in taken else name
+    taken.add(name)
+    return name
+
+
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
     return () if value is None or value.const_value is None else tuple(value.const_value.shape.numpy())

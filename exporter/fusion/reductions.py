@@ -3,7 +3,7 @@
     ReduceMean<keepdims=0>(x) -> Reshape, Unsqueeze or Expand to x's shape with a 1 at the axis   becomes   ReduceMean(x)
     ReduceSum(x, axes) / n, n the known length of these axes                                       becomes   ReduceMean(x, axes)
     GlobalAveragePool(x) of three axes                                                             becomes   ReduceMean(x, -1)
-    axes counted from the front                                                                    become    counted from the end
+    axes counted from the front, where two reductions are of one value                             become    counted from the end
 
 torch's new exporter writes ``x.var()`` and ``x.sum() / n`` so, and tf2onnx makes a pool of every mean over the last of three axes.
 Reshaping keeps the order of elements; where there are as many at the end as there were, nothing in between repeated any. Source: ONNX
@@ -56,7 +56,7 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
             replace(found.last, new)
     for graph, node in _reductions(model):
         axes = _axes(node)
-        if axes is not None:
+        if axes is not None and _has_a_like(node):
             node.replace_input_with(1, integers(graph, axes))
             node.attributes.pop("noop_with_empty_axes", None)  # there are axes
             if not drops_axes(node):
@@ -70,6 +70,12 @@ def _reductions(model: ir.Model) -> list[tuple[ir.Graph, ir.Node]]:
     return [
         (graph, node) for graph in paths(model) for node in graph if node.op_type in _REDUCTIONS and not node.domain
     ]
+
+
+def _has_a_like(node: ir.Node) -> bool:
+    """Whether another reduction of the same kind is of the same value, and may be the same one."""
+    x = node.inputs[0]
+    return x is not None and sum(user.op_type == node.op_type for user, _ in x.uses()) > 1
 
 
 def _axes(node: ir.Node) -> list[int] | None:

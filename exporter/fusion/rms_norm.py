@@ -23,6 +23,7 @@ from txopt.exporter.fusion.norm_path import (
     inverse,
     more_axes,
     multiplied,
+    name_of,
     power,
     read_elsewhere,
     scaled,
@@ -44,13 +45,14 @@ class _Norm:
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a chain that does not hold is left as it was."""
     report = Report("RMSNormalization", barred, paths(model))
+    taken = {str(node.name) for node in model.graph.all_nodes()}
     for square in [node for node in model.graph.all_nodes() if node.op_type in ("Pow", "Mul", "ReduceL2")]:
         match = _of_length(square) if square.op_type == "ReduceL2" else _match(square) or _of_sum(square)
         if isinstance(match, str):
             report.refuse(square, match)
         elif match is not None and not report.bars(square):
             report.took(square, match.last.outputs[0])
-            _rewrite(match)
+            _rewrite(match, name_of(match.last, "RMSNormalization", taken))
     return report
 
 
@@ -127,12 +129,8 @@ def _dtype_problem(x: ir.Value, found: Scaled) -> str | None:
     return None
 
 
-def _rewrite(norm: _Norm) -> None:
+def _rewrite(norm: _Norm, name: str) -> None:
     attributes = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
-    last = norm.last.name or ""
-    name = f"{last.rpartition('/')[0] or last}/RMSNormalization".lstrip(
-        "/"
-    )  # without scopes, as dynamo names: by the node
     weight = without_ones(norm.weight, 1)
     if norm.x.dtype == weight.dtype:
         replace(norm.last, ir.node("RMSNormalization", [norm.x, weight], attributes=attributes, name=name))

@@ -26,6 +26,8 @@ INPUTS = {
     "q5": "float[B,3,2,Q,4]",
     "k5": "float[B,3,2,K,4]",
     "v5": "float[B,3,2,K,4]",
+    "k5_one": "float[B,3,1,K,4]",
+    "v5_one": "float[B,3,1,K,4]",
     "bias5": "float[B,1,2,Q,K]",
     "bias": "float[B,1,Q,K]",
     "position": "float[1,2,Q,K]",
@@ -36,6 +38,10 @@ INPUTS = {
     "hide": "bool[B,1,1,K]",
     "rows": "int64[1]",
     "turned": "float[B,1,K,Q]",
+    "turned3": "float[N,K,Q]",
+    "turned_keep": "bool[B,1,K,Q]",
+    "hide_column": "bool[B,1,K,1]",
+    "queries": "float[Q]",
     "sinks": "float[B,2,Q,1]",
 }
 SIZES = {"B": 2, "N": 4, "Q": 3, "K": 5}
@@ -78,7 +84,7 @@ def model(nodes: str, dtype: str = "float") -> ir.Model:
     if "any" in words:
         inputs["any"] = "int64[M]"
     header = ", ".join(f"{kind} {name}" for name, kind in inputs.items())
-    axes = "a,b,c" if "v3" in words else "a,b,c,d,e" if "v5" in words else "a,b,c,d"
+    axes = "a,b,c" if "v3" in words else "a,b,c,d,e" if {"v5", "v5_one"} & words else "a,b,c,d"
     text = f'<ir_version: 10, opset_import: ["" : 24]> attention ({header}) => ({dtype}[{axes}] y) {{ {nodes} }}'
     proto = onnx.parser.parse_model(text)
     for index, node in enumerate(proto.graph.node):
@@ -104,6 +110,10 @@ def feeds(graph: ir.Model) -> dict[str, Array]:
         if kind.startswith("bool"):
             arrays[name] = source.random(shape) < 0.6
             arrays[name][..., 0] = name == "keep"
+            if name == "turned_keep":
+                arrays[name][..., 0, :] = True
+            if name == "hide_column":
+                arrays[name][..., 0, :] = False
             if guarded and name == "keep":
                 arrays[name][:, :, 1] = False
         else:

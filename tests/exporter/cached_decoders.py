@@ -14,10 +14,11 @@ PRESENTS = [name.replace("past", "present") for name in NAMES]
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
         self.norm, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = (nn.Linear(WIDTH, heads * (WIDTH // HEADS)) for _ in range(2))
         self.feed = nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH))
 
 
@@ -25,12 +26,13 @@ class Unmasked(nn.Module):
     """Every token sees all others, new ones too; positions are counted from the past. The others change one thing each."""
 
     inputs = ("ids",)
+    heads = HEADS  # of K and V
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(LONGEST, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(Layer(self.heads) for _ in range(LAYERS))
         self.head = nn.Linear(WIDTH, WORDS)
         self.bias = nn.Embedding(9, HEADS)
 
@@ -113,6 +115,31 @@ class UpperLeft(Unmasked):
         return scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+class Grouped(Causal):
+    """Each head of K and V serves two of Q, for which it is repeated, as Llama does it; the next ones do it in other words."""
+
+    heads = HEADS // 2
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return super().attend(q, self.repeated(k), self.repeated(v), mask)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        batch, heads, length, size = x.shape
+        return x[:, :, None].expand(batch, heads, 2, length, size).reshape(batch, 2 * heads, length, size)
+
+
+class Interleaved(Grouped):
+    def repeated(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(2, dim=1)
+
+
+class InTurn(Grouped):
+    """Neighbouring heads of Q have different ones of K and V, which is not what the operator does."""
+
+    def repeated(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 2, 1, 1)
+
+
 class Reversed(Unmasked):
     def joined(self, old: Tensor, new: Tensor) -> Tensor:
         return torch.cat([new, old], dim=2)
@@ -134,7 +161,7 @@ class Capped(Unmasked):
 
 
 def cut(x: Tensor) -> Tensor:
-    return x.unflatten(2, (HEADS, WIDTH // HEADS)).transpose(1, 2)
+    return x.unflatten(2, (-1, WIDTH // HEADS)).transpose(1, 2)
 
 
 def exported(
@@ -147,7 +174,7 @@ def exported(
     if "attention_mask" in kind.inputs:
         given["attention_mask"] = torch.ones(2, past + new, dtype=torch.int64)
         axes["attention_mask"] = {0: "batch", 1: "total"}
-    given |= {name: torch.zeros(2, HEADS, past, WIDTH // HEADS) for name in NAMES}
+    given |= {name: torch.zeros(2, kind.heads, past, WIDTH // HEADS) for name in NAMES}
     axes |= {name: {0: "batch", 2: "past"} for name in NAMES}
     results = {"logits": axes["ids"], **{name: {0: "batch", 2: "present"} for name in PRESENTS}}
     file = folder / "in.onnx"

@@ -60,6 +60,10 @@ def build(file: Path, capability: str = "SM89") -> Built:
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         if -1 in tensor.shape:
             profile.set_shape(tensor.name, *(tuple(n if d == -1 else d for d in tensor.shape) for n in LENGTHS))
+        if tensor.is_shape_tensor:  # something else's length depends on it, as a mask's on the place that is written
+            profile.set_shape_input(
+                tensor.name, *(([place] * max(1, *tensor.shape)) for place in (0, CACHE // 2, CACHE - 1))
+            )
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None or _LOG.heard:

@@ -217,10 +217,12 @@ def _scores(graph: Graph, draw: st.DrawFn, values: list[str], sizes: Sizes, thre
         q = graph.flipped("Mul", q, graph.constant(number), draw(st.booleans()))
     if how == "k":
         k = graph.add("Div", k, graph.constant(1 / number))
-    kt = graph.add("Transpose", k, perm=perm)
+    turned = draw(st.booleans())  # keys by queries, as a query is a column to some
+    kt = graph.add("Transpose", q if turned else k, perm=perm)
     if how in ("kt", "both"):
         kt = graph.flipped("Mul", kt, graph.constant([number] if how == "both" else number), draw(st.booleans()))
-    scores = str(graph.add("MatMul", q, kt))
+    scores = str(graph.add("MatMul", k if turned else q, kt))
+    scores = str(graph.add("Transpose", scores, perm=perm)) if turned else scores
     if how in ("scores *", "* scores"):
         return graph.flipped("Mul", scores, graph.constant(number), how == "* scores")
     if how == "twice":

@@ -103,6 +103,15 @@ def test_every_opset_of_the_range_is_converted(opset: int, tmp_path: Path) -> No
     assert foreign_parity_of(file, converted, tmp_path)["largest_error"] < 1e-5
 
 
+def test_a_number_in_the_form_of_a_shape_without_axes_is_a_number() -> None:
+    """TensorRT's parser warns of the empty shape."""
+    nodes = "n = Constant<value = int64[0] {}>() three = ConstantOfShape<value = float[1] {3}>(n) y = Mul(x, three)"
+    model = ir.from_proto(proto(nodes))
+    onnx_file.clean(model)
+    assert [node.op_type for node in model.graph] == ["Mul"]
+    assert [value.shape for value in model.graph.initializers.values()] == [()]
+
+
 def foreign_parity_of(file: Path, model: ir.Model, folder: Path) -> dict[str, Any]:
     ir.save(model, folder / "new.onnx")
     return foreign_parity.prove(foreign_original.ask(file, model), folder / "new.onnx", foreign_parity.precision(model))

@@ -20,7 +20,7 @@ from txopt.runtime.errors import ParityError, SourceError
 Array = NDArray[Any]
 
 OPTIMUM = Path(__file__).parents[1] / "data" / "optimum"
-KINDS = ("Unmasked", "Causal", "Filled", "Padded", "Biased", "Sdpa", "UpperLeft")
+KINDS = ("Unmasked", "Causal", "Filled", "Padded", "Biased", "Sdpa", "UpperLeft", "Grouped", "Interleaved")
 ROADS = {"TorchScript": {"dynamo": False}, "dynamo": {"dynamo": True}, "opset 23": {"dynamo": True, "opset": 23}}
 
 
@@ -324,12 +324,10 @@ def test_shapes_that_a_file_states_wrongly_do_not_spread(files: Any, tmp_path: P
             "nothing to turn into a buffer; (.|\n)*Concat_grown gives grown, which is no output",
         ),
         (
-            "present = Concat<axis = 2>(past, new) i = Constant<value_ints = [2]>() u = Unsqueeze(present, i) "
-            "n = Constant<value_ints = [1, 1, 2, 1, 1]>() e = Expand(u, n) r = Constant<value_ints = [0, 4, -1, 4]>() "
-            "k = Reshape(e, r) qq = Concat<axis = 1>(q, q) both = Attention(qq, k, k) "
-            "y, z = Split<axis = 1, num_outputs = 2>(both)",
+            "present = Concat<axis = 2>(past, new) n = Constant<value_ints = [1, 2, 1, 1]>() k = Tile(present, n) "
+            "qq = Concat<axis = 1>(q, q) both = Attention(qq, k, k) y, z = Split<axis = 1, num_outputs = 2>(both)",
             (),
-            r"Unsqueeze_u \(Unsqueeze\) reads present",
+            r"Tile_k \(Tile\) reads present(.|\n)*not fused: Attention_both: Tile_k repeats all heads one after the other",
         ),
         (
             "present = Concat<axis = 2>(past, new) y = Attention(q, present, new)",

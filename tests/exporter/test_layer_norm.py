@@ -1,6 +1,7 @@
 """Decomposed layer norms: every spelling that fuses, what must not and why, and that the numbers stay."""
 
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -149,6 +150,17 @@ def by_formula(
     d = x - x.mean(-1, keepdims=True)
     normal = d / np.sqrt((d**2).mean(-1, keepdims=True) + EPSILON)
     return np.asarray(normal * CONSTANTS["weight"] + CONSTANTS["bias"])
+
+
+def test_norms_of_one_scope_have_names_of_their_own() -> None:
+    """ONNX Runtime opens no graph that has a name twice."""
+    first, second = NORMAL.replace(" y = ", " x2 = "), re.sub(r"\b([a-z])\b", r"\g<1>2", NORMAL)
+    graph = model(f"{first} {second} y = Identity(y2)")
+    before = run(graph, {"x": X.astype(np.float32)})[0]
+    assert fuse(graph).fused == 2
+    names = [node.name for node in graph.graph if node.op_type == "LayerNormalization"]
+    assert names == ["block/LayerNormalization", "block/Add_17/LayerNormalization"]
+    np.testing.assert_allclose(run(graph, {"x": X.astype(np.float32)})[0], before, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

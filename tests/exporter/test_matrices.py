@@ -88,15 +88,6 @@ TAKEN: dict[str, tuple[str, dict[str, int]]] = {
         f"n = Max(qn, kn) c = Concat<axis=0>(n, kl, ql, ones) r = Reshape(m, c) s = Squeeze(r, fours) y = {SWAP}(s)",
         {"MatMul": 1, "Transpose": 2},
     ),
-    "keys times queries, softmaxed over their rows": (
-        f"qt = {SWAP}(q_by_head) m = MatMul(k_by_head, qt) e = Softmax<axis=2>(m) t = {SWAP}(e) y = MatMul(t, v_by_head)",
-        {"MatMul": 2, "Softmax": 1, "Transpose": 3},
-    ),
-    "the same, of three axes, its axis counted from the end": (
-        "qt = Transpose<perm=[0,2,1]>(q3) m = MatMul(k3, qt) e = Softmax<axis=-2>(m) t = Transpose<perm=[0,2,1]>(e) "
-        "y = MatMul(t, k3)",
-        {"MatMul": 2, "Softmax": 1, "Transpose": 3},
-    ),
 }
 
 # nodes, and the reason that must be given; none where it is nothing that this rule looks for
@@ -121,6 +112,15 @@ LEFT_ALONE: dict[str, tuple[str, str | None]] = {
         None,
     ),
     "a product that is not turned": (f"kt = {SWAP}(k_by_head) y = MatMul(q_by_head, kt)", None),
+    "keys times queries, softmaxed over their rows": (
+        f"qt = {SWAP}(q_by_head) m = MatMul(k_by_head, qt) e = Softmax<axis=2>(m) t = {SWAP}(e) y = MatMul(t, v_by_head)",
+        None,
+    ),
+    "the same, of three axes, its axis counted from the end": (
+        "qt = Transpose<perm=[0,2,1]>(q3) m = MatMul(k3, qt) e = Softmax<axis=-2>(m) t = Transpose<perm=[0,2,1]>(e) "
+        "y = MatMul(t, k3)",
+        None,
+    ),
     "a softmax over the queries": (
         f"kt = {SWAP}(k_by_head) m = MatMul(q_by_head, kt) e = Softmax<axis=2>(m) y = MatMul(e, v_by_head)",
         None,
@@ -201,13 +201,4 @@ def test_attention_fuses_behind_it() -> None:
     before, graph = run(model(nodes), feeds(model(nodes)))[0], model(nodes)
     assert fuse(graph).fused == 2
     assert (attention.fuse(graph).fused, "Softmax" in count(graph)) == (1, False)
-    np.testing.assert_allclose(run(graph, feeds(graph))[0], before, rtol=0, atol=1e-5)
-
-
-def test_keys_times_queries_fuse_behind_it() -> None:
-    nodes = TAKEN["keys times queries, softmaxed over their rows"][0]
-    before, graph = run(model(nodes), feeds(model(nodes)))[0], model(nodes)
-    assert attention.fuse(graph).fused == 0
-    assert fuse(graph).fused == 1
-    assert attention.fuse(graph).fused == 1
     np.testing.assert_allclose(run(graph, feeds(graph))[0], before, rtol=0, atol=1e-5)

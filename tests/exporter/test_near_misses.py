@@ -19,6 +19,16 @@ class Turned(nn.Module):
         return torch.einsum("bkqh,bkhd->bqhd", scores.softmax(dim=1), v)
 
 
+class KeysByQueries(nn.Module):
+    """Every query is a column of the scores; a later key is hidden from it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = k @ q.transpose(-1, -2) * 0.5
+        later = torch.arange(k.shape[2])[:, None] > torch.arange(q.shape[2]) + 1
+        return scores.masked_fill(later, -torch.inf).softmax(dim=-2).transpose(-1, -2) @ v
+
+
 class ByHand(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -86,6 +96,7 @@ class MeanBySum(Norm):
 # the operator it is, or nearly; nothing, or the reason that must be given
 MODULES: dict[type[nn.Module], tuple[str, str]] = {
     Turned: ("Attention", ""),
+    KeysByQueries: ("Attention", ""),
     ByHand: ("Attention", ""),
     OffByOne: ("Softmax", "adds to the sum of exponentials (a sink)"),
     Sink: ("Attention", "adds to the scores (a sink, or other keys)"),
