@@ -39,10 +39,10 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
 
 def _choice(add: ir.Node) -> list[ir.Value] | None:
     """(condition, where it holds, where not) of a sum of both, each times whether it is chosen."""
-    sides = [_times_condition(value) for value in add.inputs]
-    if sides[0] is None or sides[1] is None:
+    left, right = (_times_condition(value) for value in add.inputs)
+    if left is None or right is None:
         return None
-    (first, one), (second, other) = sides
+    (first, one), (second, other) = left, right
     if _negated(second) is first:
         return [first, one, other]
     return [second, other, one] if _negated(first) is second else None

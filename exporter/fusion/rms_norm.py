@@ -20,6 +20,7 @@ from txopt.exporter.fusion.norm_path import (
     axes_of,
     before_widening,
     drops_axes,
+    flat,
     inverse,
     more_axes,
     multiplied,
@@ -27,7 +28,6 @@ from txopt.exporter.fusion.norm_path import (
     read_elsewhere,
     scaled,
     shape_problem,
-    without_ones,
 )
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
@@ -133,7 +133,7 @@ def _rewrite(norm: _Norm) -> None:
     name = f"{last.rpartition('/')[0] or last}/RMSNormalization".lstrip(
         "/"
     )  # without scopes, as dynamo names: by the node
-    weight = without_ones(norm.weight, 1)
+    weight = flat(norm.weight, 1)
     if norm.x.dtype == weight.dtype:
         replace(norm.last, ir.node("RMSNormalization", [norm.x, weight], attributes=attributes, name=name))
         return
