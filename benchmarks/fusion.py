@@ -1,13 +1,14 @@
 """Who fuses what: ``python -m txopt.benchmarks.fusion [--models BART,T5] [--out FILE.json]``.
 
 Fourteen architectures, small and with random weights, by each road to a graph: txopt's own export, torch.onnx (dynamo), torch.onnx
-(TorchScript) and the folders of Optimum that the tests keep (T5, BART, Marian, Whisper). In each file of a foreign road the
-attention blocks and norms that each tool fuses are counted; txopt's answer counts only with its proof that the file still
-says the same. A road that cannot be gone says why.
+(TorchScript) and the folders of Optimum that the tests keep (T5, BART, Marian, Whisper); beside them the files of tf2onnx that the
+tests keep, of Keras and TensorFlow. In each file of a foreign road the attention blocks and norms that each tool fuses are counted;
+txopt's answer counts only with its proof that the file still says the same. A road that cannot be gone says why.
 """
 
 import argparse
 import json
+import lzma
 import subprocess
 import sys
 import tarfile
@@ -26,8 +27,17 @@ ROADS = {
     "dynamo": "In files of `torch.onnx.export(dynamo=True)`:",
     "torchscript": "In files of `torch.onnx.export(dynamo=False)`:",
     "optimum": "In folders that Optimum exported (txopt the whole folder, the others its encoder and its decoder without past):",
+    "tf2onnx": "In files of tf2onnx (`tests/data/make_tf2onnx_files.py` says what they are):",
 }
 FOLDERS = Path(__file__).resolve().parents[1] / "tests" / "data" / "optimum"
+FILES = FOLDERS.parent / "tf2onnx"
+OF_FILES = {  # attention blocks and norms
+    "Keras encoder": ("encoder", 2, 4),
+    "masked Keras encoder": ("masked", 2, 4),
+    "Keras encoder-decoder": ("translator", 6, 10),
+    "Keras 2 encoder": ("keras2", 2, 4),
+    "TensorFlow BERT": ("bert", 2, 4),
+}
 MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 LIMIT = 300  # seconds for one tool and file
 
@@ -39,7 +49,9 @@ def measure(names: list[str], optimum: Path, exporters: Sequence[str] = EXPORTER
     table = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for name in names:
+        for name in [name for name in names if name in OF_FILES]:
+            table[name] = _file(name, work)
+        for name in [name for name in names if name not in OF_FILES]:
             model = build(name, SIZE)
             roads: dict[str, Any] = {"txopt": {"txopt": _ours(model, work / name)}}
             for exporter in exporters:
@@ -95,6 +107,14 @@ def _asked(tool: str, file: Path, heads: int = SIZE.heads, width: int = SIZE.wid
     return found
 
 
+def _file(name: str, work: Path) -> dict[str, Any]:
+    """The row of a file of tf2onnx."""
+    packed, blocks, norms = OF_FILES[name]
+    file = work / f"{packed}.onnx"
+    file.write_bytes(lzma.decompress((FILES / f"{packed}.onnx.xz").read_bytes()))
+    return {"blocks": blocks, "norms": norms, "roads": {"tf2onnx": {tool: _asked(tool, file) for tool in TOOLS}}}
+
+
 def _folder(archive: Path, work: Path) -> dict[str, Cell]:
     """What txopt makes of a folder as a whole, and what the others fuse in its encoder and its decoder over a whole sequence."""
     with tarfile.open(archive) as packed:
@@ -129,7 +149,7 @@ def page(table: dict[str, Any]) -> str:
 def _table(table: dict[str, Any], key: str, title: str) -> str:
     """One table a road: architectures down, tools across."""
     parts = [f"### {title}"]
-    for road in ("txopt", *EXPORTERS, "optimum"):
+    for road in ("txopt", *EXPORTERS, "optimum", "tf2onnx"):
         rows = {name: row for name, row in table.items() if road in row["roads"]}
         if not rows:
             continue
@@ -156,17 +176,17 @@ def put(text: str, file: Path) -> None:
 
 
 def merged(file: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """``table`` over what ``file`` has of other architectures and roads, in the order of NAMES."""
+    """``table`` over what ``file`` has of other architectures and roads, in the order of NAMES and OF_FILES."""
     earlier = json.loads(file.read_text("utf-8")) if file.exists() else {}
     whole = earlier | {
         name: row | {"roads": earlier.get(name, {}).get("roads", {}) | row["roads"]} for name, row in table.items()
     }
-    return {name: whole[name] for name in NAMES if name in whole}
+    return {name: whole[name] for name in (*NAMES, *OF_FILES) if name in whole}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", default=",".join(NAMES), help="some of them, by comma")
+    parser.add_argument("--models", default=",".join((*NAMES, *OF_FILES)), help="some of them, by comma")
     parser.add_argument(
         "--optimum", type=Path, default=FOLDERS, help="where NAME.tar.xz of folders by optimum-onnx lie"
     )

@@ -108,6 +108,26 @@ def integers(graph: ir.Graph, numbers: Sequence[int]) -> ir.Value:
     return graph.initializers[name]
 
 
+def reshaped(weight: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """The initializer ``weight`` in another shape, as one that is made once and computed when it is asked for."""
+    tensor, graph = weight.const_value, weight.graph
+    assert tensor is not None, "an initializer has a value"
+    assert graph is not None, "and a graph"
+    name = f"{weight.name}.{'x'.join(map(str, shape))}"
+    if name not in graph.initializers:
+        lazy = ir.LazyTensor(
+            lambda: ir.Tensor(tensor.numpy().reshape(shape), dtype=tensor.dtype, name=name),
+            dtype=tensor.dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            cache=False,
+        )
+        graph.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=lazy
+        )
+    return graph.initializers[name]
+
+
 def transpose_weights(model: ir.Model) -> None:
     """``Linear`` arrives as Transpose(weight) -> MatMul: stores the weight transposed, unless something else reads it as it is.
 

@@ -11,7 +11,7 @@ from math import prod
 
 import onnx_ir as ir
 
-from txopt.exporter.shapes import Length, is_open, length, lengths_of, rank_of
+from txopt.exporter.shapes import Length, is_open, length, lengths_of, multiplied_lengths, rank_of
 
 _SAME_SHAPE = (
     "Abs Cast Clip Cos Dropout Elu Erf Exp Gelu HardSwish Identity IsNaN LayerNormalization LeakyRelu Log LogSoftmax Neg Not "
@@ -86,7 +86,7 @@ class Origins:
         return None
 
     def _of_operands(self, node: ir.Node, axis: int, rank: int) -> Length | None:
-        """The length that all operands have which are not known to be stretched along the axis."""
+        """The length that all operands have which are not known to be stretched along the axis; 1, where all of them are 1."""
         found: set[Length] = set()
         for operand in node.inputs:
             own = None if operand is None else rank_of(operand)
@@ -95,7 +95,7 @@ class Origins:
             place = axis - (rank - own)
             if place >= 0 and length(operand, place) != 1:
                 found.add(self.of((operand, place)))
-        return found.pop() if len(found) == 1 else None
+        return found.pop() if len(found) == 1 else None if found else 1
 
     def _of_matrices(self, node: ir.Node, axis: int, rank: int) -> Length | None:
         left, right = node.inputs
@@ -126,9 +126,8 @@ class Origins:
         node = found.producer() if isinstance(found, ir.Value) else None
         while node is not None and node.op_type in _ONE_NUMBER and node.inputs[0] is not None:
             node = node.inputs[0].producer()
-        if node is not None and node.op_type == "ReduceProd" and len(node.inputs) == 1:
-            several = lengths_of(node.inputs[0])
-            return [found] if several is None else [factor for one in several for factor in self.factors(self.of(one))]
+        if node is not None and (several := multiplied_lengths(node)) is not None:
+            return [factor for one in several for factor in self.factors(self.of(one))]
         sides = [lengths_of(side) for side in node.inputs] if node is not None and node.op_type == "Mul" else []
         if not sides or any(side is None or len(side) != 1 for side in sides):
             return [found]

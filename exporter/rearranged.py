@@ -83,12 +83,13 @@ def _asked(reshape: ir.Node, axes: Axes, lengths: Sequence[Length]) -> Iterator[
     copies = "allowzero" not in reshape.attributes or not reshape.attributes["allowzero"].as_int()
     shape = reshape.inputs[1]
     node = None if shape is None else shape.producer()
-    found = lengths_of(shape)
-    several = [found] if found is not None else []
-    if found is None and node is not None and node.op_type == "Concat":
-        each = ([_part(part, which) for part in node.inputs] for which in (0, 1))
+    joined = node.inputs if node is not None and node.op_type == "Concat" else []
+    if any(_larger(part) for part in joined):
+        each = ([_part(part, which) for part in joined] for which in (0, 1))
         several = [tuple(one for part in parts for one in part or ()) for parts in each if None not in parts]
-        several = [one for one in several if not any(map(is_open, one))]
+        several = [parts for parts in several if not any(map(is_open, parts))]
+    else:
+        several = [found] if (found := lengths_of(shape)) is not None else []
     for parts in several:
         if not copies or all(part != 0 for part in parts if isinstance(part, int)):
             yield [[part] for part in parts]
@@ -99,11 +100,16 @@ def _asked(reshape: ir.Node, axes: Axes, lengths: Sequence[Length]) -> Iterator[
             ]
 
 
+def _larger(part: ir.Value | None) -> ir.Node | None:
+    """The node that says which of two is larger, if ``part`` is that."""
+    node = None if part is None else part.producer()
+    return node if node is not None and node.op_type == "Max" and len(node.inputs) == 2 else None
+
+
 def _part(part: ir.Value | None, which: int) -> tuple[Length, ...] | None:
     """A part of a shape, of the larger of two the one."""
-    node = None if part is None else part.producer()
-    if node is not None and node.op_type == "Max" and len(node.inputs) == 2:
-        return lengths_of(node.inputs[which])
+    if (larger := _larger(part)) is not None:
+        return lengths_of(larger.inputs[which])
     alone = part is not None and part.shape is not None and part.shape == (1,)
     return lengths_of(part) or ((part,) if alone and part is not None else None)
 

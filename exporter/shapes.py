@@ -3,6 +3,8 @@
 Owns no rule and no pattern. A length is a number, a name that equal lengths share, or unknown.
 """
 
+from math import prod
+
 import onnx_ir as ir
 
 from txopt.exporter.algebra import scalar
@@ -104,6 +106,12 @@ def _alone(part: ir.Value | None) -> tuple[Length, ...] | None:
     return None if part is None or part.shape is None or part.shape != (1,) else (part,)
 
 
+def multiplied_lengths(node: ir.Node) -> tuple[Length, ...] | None:
+    """What a ReduceProd makes one number of; None where it is none, or that is not known."""
+    all_of_them = len(node.inputs) > 1 or not node.attributes.get_int("noop_with_empty_axes", 0)
+    return lengths_of(node.inputs[0]) if node.op_type == "ReduceProd" and all_of_them else None
+
+
 def is_open(part: Length) -> bool:
     """Whether a part of a shape is -1, what is left. Values of torch's exporter make an operator of ``!=``, so they are not asked."""
     return isinstance(part, int) and part == -1
@@ -118,6 +126,9 @@ def number_of(value: ir.Value | None) -> float | None:
     if node.op_type in ("Shape", "Slice", "Gather"):
         found = lengths_of(value)
         return _known(found[0]) if found is not None and len(found) == 1 else None
+    if node.op_type == "ReduceProd":
+        known = [_known(one) for one in multiplied_lengths(node) or ()]
+        return None if None in known or not known else prod(one for one in known if one is not None)
     if node.op_type not in _ARITHMETIC or any(operand is None for operand in node.inputs[: _ARITHMETIC[node.op_type]]):
         return None
     operands = [number_of(operand) for operand in node.inputs[: _ARITHMETIC[node.op_type]]]

@@ -14,6 +14,7 @@ from txopt.exporter.fusion import (
     lengths,
     log_softmax,
     matrices,
+    projections,
     qkv,
     ranking,
     reductions,
@@ -40,6 +41,7 @@ FOREIGN: tuple[Fusion, ...] = (
     choices.fuse,  # before attention, which looks for Where; before lengths, as a mask may be in the shape of scores
     einsum.fuse,  # before attention, which looks for MatMul
     matrices.fuse,  # before attention, which looks for batches and heads as axes; before lengths, which follows them then
+    projections.fuse,  # before lengths too, of which it needs fewer
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
     attention.fuse,  # before those that look for the operator
     reshape.fuse,

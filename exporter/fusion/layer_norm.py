@@ -18,12 +18,18 @@ import onnx_ir as ir
 
 from txopt.exporter.algebra import close, only_user, scalar
 from txopt.exporter.bodies import paths
+from txopt.exporter.fusion import batch_norm
 from txopt.exporter.fusion.columns import size_of
 from txopt.exporter.fusion.norm_path import (
+    LayerNorm,
+    added_bias,
     axes_of,
     before_widening,
     drops_axes,
+    dtype_problem,
+    flat,
     inverse,
+    is_weight,
     more_axes,
     multiplied,
     name_of,
@@ -31,23 +37,12 @@ from txopt.exporter.fusion.norm_path import (
     read_elsewhere,
     scaled,
     shape_problem,
-    without_ones,
 )
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 # Between a scaled variance and its root: the axis that it was computed without.
 _PUT_BACK = ("Reshape", "Unsqueeze", "Shape")
-
-
-@dataclass(frozen=True)
-class _Norm:
-    x: ir.Value
-    weight: ir.Value
-    bias: ir.Value | None
-    epsilon: float
-    axis: int
-    last: ir.Node
 
 
 @dataclass(frozen=True)
@@ -70,17 +65,18 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     """Rewrites ``model`` and reports; a variance that nobody takes the root of is no norm and no refusal."""
     report = Report("LayerNormalization", barred, paths(model))
     taken = {str(node.name) for node in model.graph.all_nodes()}
-    for variance in [node for node in model.graph.all_nodes() if node.op_type == "ReduceMean"]:
-        match = _match(variance)
+    rules = {"ReduceMean": _match, "BatchNormalization": batch_norm.match}
+    for node in [node for node in model.graph.all_nodes() if node.op_type in rules]:
+        match = rules[node.op_type](node)
         if isinstance(match, str):
-            report.refuse(variance, match)
-        elif match is not None and not report.bars(variance):
-            report.took(variance, match.last.outputs[0])
+            report.refuse(node, match)
+        elif match is not None and not report.bars(node):
+            report.took(node, match.last.outputs[0])
             _rewrite(match, name_of(match.last, "LayerNormalization", taken))
     return report
 
 
-def _match(variance: ir.Node) -> _Norm | str | None:
+def _match(variance: ir.Node) -> LayerNorm | str | None:
     """The norm, a reason of refusal, or None where this is no norm at all."""
     found = _statistics(variance)
     scaled_variance, factor = multiplied(variance.outputs[0])
@@ -109,10 +105,10 @@ def _match(variance: ir.Node) -> _Norm | str | None:
     if isinstance(end, str):
         return end
     x, weight, bias, last = end
-    problem = shape_problem(x, axis, weight, bias) or _dtype_problem(x, weight, bias)
+    problem = shape_problem(x, axis, weight, bias) or dtype_problem(x, weight, bias)
     problem = problem or more_axes(x, weight, bias, *shifted.inputs)
     problem = problem or read_elsewhere(last, found.x, weight)
-    return problem or _Norm(x, weight, bias, epsilon, axis, last)
+    return problem or LayerNorm(x, weight, bias, epsilon, axis, last)
 
 
 def _unbiased(found: _Statistics, factor: float) -> str:
@@ -171,7 +167,7 @@ def _end(shifted: ir.Node, found: _Statistics) -> _End | str:
     x = found.x if normal.narrow is None else before_widening(found.x, normal.narrow)
     if x is None:
         return "the result is cast to another type than x came in"
-    return x, normal.weight, *_bias(normal.last)
+    return x, normal.weight, *added_bias(normal.last)
 
 
 def _distributed(inverse: ir.Node, found: _Statistics) -> _End | str | None:
@@ -180,48 +176,30 @@ def _distributed(inverse: ir.Node, found: _Statistics) -> _End | str | None:
     Where x itself is scaled and this is not what is added, what is wrong; None where x is not scaled.
     """
     scale = only_user(inverse.outputs[0], "Mul")
-    weight = next(filter(_is_weight, scale.inputs), None) if scale is not None else None
-    users = [user for user, _ in scale.outputs[0].uses() if user.op_type == "Mul"] if scale is not None else []
+    weight = next(filter(is_weight, scale.inputs), None) if scale is not None else None
+    if scale is None or weight is None:
+        return None
+    users = [user for user, _ in scale.outputs[0].uses() if user.op_type == "Mul"]
     by_x = next((user for user in users if found.x in user.inputs), None)
-    if scale is None or weight is None or by_x is None:
+    if by_x is None:
         return None
     rest, bias = None, None
     for scaled_mean in [user for user in users if user is not by_x]:
         (mean,) = [value for value in scaled_mean.inputs if value is not scale.outputs[0]] or [None]
         negated = mean.producer() if mean is not None else None
         subtracted = only_user(scaled_mean.outputs[0], "Sub")
-        if mean is found.mean.outputs[0] and subtracted is not None and _is_weight(subtracted.inputs[0]):
+        if mean is found.mean.outputs[0] and subtracted is not None and is_weight(subtracted.inputs[0]):
             rest, bias = subtracted, subtracted.inputs[0]
         elif negated is not None and negated.op_type == "Neg" and negated.inputs[0] is found.mean.outputs[0]:
-            bias, rest = _bias(scaled_mean)
+            bias, rest = added_bias(scaled_mean)
     last = only_user(by_x.outputs[0], "Add")
     if rest is None or last is None or rest.outputs[0] not in last.inputs:
         return "x is scaled, but bias - mean, scaled alike, is not what is added to it"
     return found.x, weight, bias, last
 
 
-def _bias(weighted: ir.Node) -> tuple[ir.Value | None, ir.Node]:
-    """The bias that is added to ``weighted``, and the last node."""
-    added = only_user(weighted.outputs[0], "Add")
-    bias = next(filter(_is_weight, added.inputs), None) if added is not None else None
-    return (bias, added) if added is not None and bias is not None else (None, weighted)
-
-
-def _is_weight(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and len(value.const_value.shape) > 0
-
-
-def _dtype_problem(x: ir.Value, *weights: ir.Value | None) -> str | None:
-    narrow = [
-        value
-        for value in weights
-        if value is not None and None not in (x.dtype, value.dtype) and value.dtype != x.dtype
-    ]
-    return f"{narrow[0].name} is {narrow[0].dtype}, x is {x.dtype}" if narrow else None
-
-
-def _rewrite(norm: _Norm, name: str) -> None:
+def _rewrite(norm: LayerNorm, name: str) -> None:
     attributes = {"axis": norm.axis, "epsilon": norm.epsilon, "stash_type": 1}
     weights = [norm.weight, *([norm.bias] if norm.bias is not None else [])]
-    inputs = [norm.x, *(without_ones(weight, -norm.axis) for weight in weights)]
+    inputs = [norm.x, *(flat(weight, -norm.axis) for weight in weights)]
     replace(norm.last, ir.node("LayerNormalization", inputs, attributes=attributes, name=name))

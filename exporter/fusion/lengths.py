@@ -118,7 +118,7 @@ def _read(graph: ir.Graph, first: Length, count: int, made: dict[object, ir.Valu
     key = (*first, count)
     if key not in made:
         value, axis = first
-        start = axis % (rank_of(value) or 1)
+        start = axis if axis >= 0 else axis % (rank_of(value) or 1)
         attributes = {"start": start, "end": start + count}
         name = f"{value.name}/length_{start}" if count == 1 else f"{value.name}/lengths_{start}_to_{start + count - 1}"
         made[key] = _insert(graph, value, ir.node("Shape", [value], attributes=attributes, name=name))

@@ -14,6 +14,7 @@ are left for the rule for attention, which knows them, and so are those that are
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -29,12 +30,20 @@ from txopt.exporter.shapes import length, rank_of
 
 @dataclass(frozen=True)
 class _Side:
-    """One operand of a product: axes of ``source`` that are batches, and the two of the matrix in their order."""
+    """One operand of a product: axes of ``source`` that are batches, and the two of the matrix in their order.
+
+    ``groups`` says how many of them each batch axis of the operand is made of; ``lengths`` are those of all, as far as they are known.
+    """
 
     source: ir.Value
     batches: tuple[int, ...]
     matrix: tuple[int, int]
-    joined: bool
+    groups: tuple[int, ...]
+    lengths: tuple[int | str | None, ...]
+
+    @property
+    def joined(self) -> bool:
+        return set(self.groups) != {1}
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -42,16 +51,15 @@ class _Side:
 
     @property
     def transposed(self) -> "_Side":
-        return replace(self, matrix=self.matrix[::-1])
+        return replace(self, matrix=self.matrix[::-1], lengths=(*self.lengths[:-2], *self.lengths[:-3:-1]))
 
 
 @dataclass(frozen=True)
 class _Product:
-    """``left`` times ``right``, whose axes have ``lengths``, given by ``last``; where ``turned``, its transposed is."""
+    """``left`` times ``right``, given by ``last``; where ``turned``, its transposed is."""
 
     left: _Side
     right: _Side
-    lengths: tuple[int | str | None, ...]
     last: ir.Node
     turned: bool
 
@@ -92,7 +100,7 @@ def _match(product: ir.Node) -> _Product | str | None:
     """What ``product`` and its rearrangements are, a reason of refusal, or None where it is neither joined nor turned."""
     origins = Origins()  # of its own: what was remembered of nodes that are gone is wrong
     left, right = (None if value is None else _side(value, origins) for value in product.inputs)
-    if left is None or right is None or len(left.batches) != len(right.batches) or left.joined != right.joined:
+    if left is None or right is None or left.groups != right.groups:
         return None
     last, turned = _end(product, left, right, origins)
     if last is None:
@@ -107,22 +115,33 @@ def _match(product: ir.Node) -> _Product | str | None:
     unequal = [pair for pair in pairs if pair[0] != pair[1]]
     if left.joined and (len(unequal) > 1 or any(isinstance(one, int) for pair in unequal for one in pair)):
         return "the batches that were joined do not show to be the same on both sides"
-    lengths = [
-        length(left.source, axis) if pair not in unequal else None
-        for pair, axis in zip(pairs, left.batches, strict=True)
-    ]
-    lengths += [length(left.source, left.matrix[0]), length(right.source, right.matrix[1])]
-    return _Product(left, right, tuple(lengths), last, turned)
+    return _Product(left, right, last, turned)
 
 
 def _side(value: ir.Value, origins: Origins) -> _Side | None:
-    """``value`` as an operand; None where an axis of its matrix is made of several, or a part of what it is made of is gone."""
+    """``value`` as an operand; None where an axis of its matrix is made of several, or a part of what it is made of is gone.
+
+    Axes of length 1 that went into the matrix count as batches: they may be anywhere.
+    """
     found = rearranged(value, origins)
-    *batches, rows, columns = found.axes if len(found.axes) > 2 else ((), (), ())
-    order = [axis for group in batches for axis in group]
-    if len(rows) != 1 or len(columns) != 1 or rank_of(found.source) != len(order) + 2:
+    if len(found.axes) < 3 or rank_of(found.source) != sum(map(len, found.axes)):
         return None
-    return _Side(found.source, tuple(order), (*rows, *columns), any(len(group) != 1 for group in batches))
+    *batches, rows, columns = found.axes
+    lengths = {axis: _length(found.source, axis, origins) for group in found.axes for axis in group}
+    ones = tuple(axis for group in (rows, columns) if len(group) > 1 for axis in group if lengths[axis] == 1)
+    rows, columns = (tuple(axis for axis in group if axis not in ones) for group in (rows, columns))
+    if len(rows) != 1 or len(columns) != 1:
+        return None
+    batches[-1] += ones
+    order = tuple(axis for group in batches for axis in group)
+    known = tuple(lengths[axis] for axis in (*order, *rows, *columns))
+    return _Side(found.source, order, (*rows, *columns), tuple(map(len, batches)), known)
+
+
+def _length(value: ir.Value, axis: int, origins: Origins) -> int | str | None:
+    """The number of a length, also where only its origin says it, or its name."""
+    number = origins.of((value, axis))
+    return number if isinstance(number, int) else length(value, axis)
 
 
 def _end(product: ir.Node, left: _Side, right: _Side, origins: Origins) -> tuple[ir.Node | None, bool]:
@@ -130,7 +149,9 @@ def _end(product: ir.Node, left: _Side, right: _Side, origins: Origins) -> tuple
     count = len(left.batches)
     straight: Axes = tuple((axis,) for axis in range(count + 2))
     turned: Axes = (*straight[:-2], straight[-1], straight[-2])
-    axes: Axes | None = (tuple(range(count)), *straight[-2:]) if left.joined else straight
+    ends = list(accumulate(left.groups))
+    joined = (tuple(range(end - size, end)) for size, end in zip(left.groups, ends, strict=True))
+    axes: Axes | None = (*joined, *straight[-2:])
     sources = [(left.source, axis) for axis in (*left.batches, left.matrix[0])] + [(right.source, right.matrix[1])]
     lengths = [origins.of(one) for one in sources]
     end: tuple[ir.Node | None, bool] = (None, False)
@@ -150,12 +171,10 @@ def _only_reader(node: ir.Node) -> ir.Node | None:
 
 
 def _rewrite(product: ir.Node, found: _Product) -> None:
-    lengths = found.lengths
-    sides = (found.left, found.right)
-    if found.turned:
-        lengths, sides = (*lengths[:-2], *lengths[:-3:-1]), (found.right.transposed, found.left.transposed)
-    found.last.outputs[0].shape = ir.Shape(lengths)
-    put(found.last, *_multiplied(product, *sides))
+    left, right = (found.right.transposed, found.left.transposed) if found.turned else (found.left, found.right)
+    result = found.last.outputs[0]
+    result.shape = result.shape or ir.Shape([None] * len(left.order))  # of which whatever follows has the names
+    put(found.last, *_multiplied(product, left, right))
 
 
 def _multiplied(product: ir.Node, left: _Side, right: _Side) -> list[ir.Node]:
@@ -168,7 +187,7 @@ def _multiplied(product: ir.Node, left: _Side, right: _Side) -> list[ir.Node]:
             nodes.append(ir.node("Transpose", [side.source], attributes={"perm": side.order}))
             operands[-1] = nodes[-1].outputs[0]
             operands[-1].type = side.source.type
-            operands[-1].shape = ir.Shape([length(side.source, axis) for axis in side.order])
+            operands[-1].shape = ir.Shape(side.lengths)
     nodes.append(ir.node("MatMul", operands))
     for index, node in enumerate(nodes):
         node.name = f"{product.name}/{node.op_type}_{index}"

@@ -9,8 +9,21 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from txopt.exporter.algebra import Product, only_user, product, scalar
+from txopt.exporter.graph import reshaped
 
 IsValue = Callable[[ir.Value], bool]  # whether a value is the one whose norm is taken
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """What LayerNormalization of ``x`` from ``axis`` on takes, and the node ``last`` that gives it."""
+
+    x: ir.Value
+    weight: ir.Value
+    bias: ir.Value | None
+    epsilon: float
+    axis: int
+    last: ir.Node
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,17 @@ def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     return tensors[0] if len(tensors) == 1 and len(numbers) == len(node.inputs) - 1 else None
 
 
+def is_weight(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and len(value.const_value.shape) > 0
+
+
+def added_bias(weighted: ir.Node) -> tuple[ir.Value | None, ir.Node]:
+    """The bias that is added to ``weighted``, and the last node."""
+    added = only_user(weighted.outputs[0], "Add")
+    bias = next(filter(is_weight, added.inputs), None) if added is not None else None
+    return (bias, added) if added is not None and bias is not None else (None, weighted)
+
+
 def before_widening(x: ir.Value, narrow: ir.Node) -> ir.Value | None:
     """x itself or what was widened to it, whichever is of the type that the result is narrowed to."""
     cast = x.producer()
@@ -141,23 +165,19 @@ def _without_ones(weight: ir.Value, count: int) -> list[int]:
     return shape[-count:] if ones else shape
 
 
-def without_ones(weight: ir.Value, count: int) -> ir.Value:
-    """``weight``, or an initializer of it without the ones before its last ``count`` axes."""
-    tensor, graph, shape = weight.const_value, weight.graph, ir.Shape(_without_ones(weight, count))
-    if tensor is None or graph is None or len(tensor.shape) <= count:
-        return weight
-    name = f"{weight.name}.flat"
-    if name not in graph.initializers:
-        numbers = shape.numpy()
-        lazy = ir.LazyTensor(
-            lambda: ir.Tensor(tensor.numpy().reshape(numbers), dtype=tensor.dtype, name=name),
-            dtype=tensor.dtype,
-            shape=shape,
-            name=name,
-            cache=False,
-        )
-        graph.initializers[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
-    return graph.initializers[name]
+def flat(weight: ir.Value, count: int) -> ir.Value:
+    """``weight``, less the ones before its last ``count`` axes."""
+    tensor = weight.const_value
+    return weight if tensor is None or len(tensor.shape) <= count else reshaped(weight, _without_ones(weight, count))
+
+
+def dtype_problem(x: ir.Value, *weights: ir.Value | None) -> str | None:
+    narrow = [
+        value
+        for value in weights
+        if value is not None and None not in (x.dtype, value.dtype) and value.dtype != x.dtype
+    ]
+    return f"{narrow[0].name} is {narrow[0].dtype}, x is {x.dtype}" if narrow else None
 
 
 def more_axes(x: ir.Value, *others: ir.Value | None) -> str | None:

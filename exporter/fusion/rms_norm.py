@@ -20,6 +20,7 @@ from txopt.exporter.fusion.norm_path import (
     axes_of,
     before_widening,
     drops_axes,
+    flat,
     inverse,
     more_axes,
     multiplied,
@@ -28,7 +29,6 @@ from txopt.exporter.fusion.norm_path import (
     read_elsewhere,
     scaled,
     shape_problem,
-    without_ones,
 )
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
@@ -131,7 +131,7 @@ def _dtype_problem(x: ir.Value, found: Scaled) -> str | None:
 
 def _rewrite(norm: _Norm, name: str) -> None:
     attributes = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
-    weight = without_ones(norm.weight, 1)
+    weight = flat(norm.weight, 1)
     if norm.x.dtype == weight.dtype:
         replace(norm.last, ir.node("RMSNormalization", [norm.x, weight], attributes=attributes, name=name))
         return

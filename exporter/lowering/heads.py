@@ -119,6 +119,10 @@ def _whole(graph: ir.Graph, operand: _Operand, joined: dict[ir.Node, ir.Node]) -
             shape = ir.node("Concat", parts, attributes={"axis": 0}, name=f"{reshape.name}/joined_shape")
             new = ir.node("Reshape", [x, shape.outputs[0]], reshape.attributes, name=f"{reshape.name}/joined")
             joined[reshape] = _insert(reshape, shape, new)
+            whole = new.outputs[0]
+            whole.type = whole.type or x.type
+            if whole.type is not None:  # without a width ONNX Runtime takes that of what Attention gives for zero
+                whole.shape = ir.Shape([None, None, operand.width])
         x = joined[reshape].outputs[0]
     if split is None:
         return x

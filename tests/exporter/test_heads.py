@@ -64,6 +64,11 @@ MATCHES = {
         "b = ReduceMax<keepdims=1>(rows) s = Concat<axis=0>(b, minus, two, six) kh = Reshape(memory, s) "
         "k = Transpose<perm=[0,2,1,3]>(kh)",
     ),
+    "values of lengths that are nobody's, projected behind": PLAIN.replace(
+        V,
+        "b = ReduceMax<keepdims=1>(rows) s = Concat<axis=0>(b, minus, two, six) vh = Reshape(memory, s) "
+        "v = Transpose<perm=[0,2,1,3]>(vh)",
+    ).replace("y = Reshape(t, whole)", "r = Reshape(t, rest) y = MatMul(r, narrow)"),
 }
 NEAR_MISSES = {
     "K as it is in its buffer": PLAIN.replace(K, "k = Identity(past)").replace(V, "v = Identity(past)"),

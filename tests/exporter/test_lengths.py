@@ -39,6 +39,7 @@ FOLLOWED: dict[str, tuple[str, str, tuple[str, int] | int]] = {
     "norm": ("v = LayerNormalization(x, row)", "one", ("x", 1)),
     "number added": ("v = Add(number, x)", "one", ("x", 1)),
     "bias added": ("v = Add(x, row)", "one", ("x", 1)),
+    "an axis that nobody stretches": ("a = Unsqueeze(x, ones) b = Unsqueeze(x, ones) v = Add(a, b)", "one", 1),
     "residual": ("a = Relu(x) v = Add(a, x)", "one", ("x", 1)),
     "projection, tokens": ("v = MatMul(x, weight)", "one", ("x", 1)),
     "projection, width": ("v = MatMul(x, weight)", "two", 8),

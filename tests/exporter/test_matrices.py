@@ -16,6 +16,8 @@ INPUTS = {
     "q": "float[B,Q,2,8]",
     "k": "float[C,K,2,8]",
     "k_same": "float[B,K,2,8]",
+    "q_one": "float[B,Q,1,8]",
+    "k_one": "float[B,K,1,8]",
     "k_three": "float[B,K,3,8]",
     "v": "float[C,K,2,8]",
     "q3": "float[N,Q,8]",
@@ -33,6 +35,8 @@ INTEGERS = {
     "threes": [3],
     "fours": [4],
     "left": [-1],
+    "queries_of_one": [0, 1, -1, 1, 8],
+    "keys_of_one": [0, 1, 1, -1, 8],
     "first": [0, 1],
     "joined": [-1, 4, 5],
     "otherwise": [2, -1, 4, 5],
@@ -71,6 +75,14 @@ TAKEN: dict[str, tuple[str, dict[str, int]]] = {
     ),
     "scores of which both batches have one name": (
         SCORES.replace("(k, ones)", "(k_same, ones)") + "y = Identity(s)",
+        {"Identity": 1, "MatMul": 1, "Transpose": 2},
+    ),
+    "scores of one head, which were transposed by Reshape": (
+        SCORES.replace("(q, threes)", "(q_one, threes)")
+        .replace("(k, ones)", "(k_one, ones)")
+        .replace("Transpose<perm=[0,2,1,3,4]>(qu)", "Reshape(qu, queries_of_one)")
+        .replace("Transpose<perm=[0,3,1,2,4]>(ku)", "Reshape(ku, keys_of_one)")
+        + "y = Identity(s)",
         {"Identity": 1, "MatMul": 1, "Transpose": 2},
     ),
     "a result that is cut by numbers": (

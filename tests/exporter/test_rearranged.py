@@ -15,6 +15,7 @@ CONSTANTS = {
     "twos": [2],
     "left": [-1],
     "first": [0, 1],
+    "rows": [-1, 16],
     "copied": [0, 0, -1],
     "by_numbers": [0, -1, 4, 4],
 }
@@ -68,10 +69,17 @@ FOLLOWED: dict[str, tuple[str, str, Axes]] = {
         ((1,), (0,), (2,), (3,)),
     ),
     "the larger of two beside what is left": (
-        TURNED + "b = Shape<end=1>(x) h = Max(b, ones) e = Concat<axis=0>(h, left) y = Reshape(t, e)",
+        TURNED + "g = Concat<axis=0>(ones, twos) h = Max(g, n) e = Concat<axis=0>(h, left) y = Reshape(t, e)",
         "y",
-        ((0,), (1,)),
+        ((0,), (1,), (2,)),
     ),
+    "cut by the larger of two, of which the one is meant": (
+        TURNED
+        + "b = Shape<end=1>(x) h = Max(b, ones) d = Shape<start=1>(x) e = Concat<axis=0>(h, d, ones) y = Reshape(x, e)",
+        "x",
+        ((0,), (1,), (2,), (3,), ()),
+    ),
+    "the first axes left, the last ones joined": ("y = Reshape(x, rows)", "x", ((0, 1), (2, 3))),
 }
 
 
