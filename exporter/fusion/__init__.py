@@ -19,6 +19,7 @@ from txopt.exporter.fusion import (
     rotary,
     scale,
     softmax,
+    windows,
 )
 from txopt.exporter.fusion.proof import Fusion, apply, prove
 from txopt.exporter.fusion.recording import Feeds
@@ -46,6 +47,7 @@ FOREIGN: tuple[Fusion, ...] = (
     einsum.fuse,  # before attention, which looks for MatMul
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
     attention.fuse,  # before those that look for the operator
+    windows.fuse,  # as attention, for what it does not look at; after lengths
     reshape.fuse,
     scale.fuse,
     qkv.fuse,

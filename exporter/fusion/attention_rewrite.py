@@ -54,7 +54,7 @@ class Block:
 
 def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> None:
     """Replaces ``block`` in ``graph``; ``masks`` holds the joined masks of earlier blocks, and takes this one's."""
-    new = _Nodes(graph, block.name)
+    new = Nodes(graph, block.name)
     k = block.k if block.permutation is None else new.add("Transpose", [block.k], perm=list(block.permutation))
     q, k, v = (
         _by_head(new, value, rank, block.heads)
@@ -73,7 +73,7 @@ def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> Non
     replace(block.last, *new.nodes)
 
 
-class _Nodes:
+class Nodes:
     """New nodes in order, named after the block."""
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
@@ -106,7 +106,7 @@ class _Nodes:
         return self.graph.initializers[name]
 
 
-def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:
+def _by_head(new: Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:
     """[N,.,D] to one head [N,1,.,D], or to [B,H,.,D] as the scores were cut; [B,G,H,.,D] to [B,G*H,.,D]."""
     if rank == 4:
         return value
@@ -124,7 +124,7 @@ def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) ->
     return new.add("Reshape", [value, new.add("Concat", [cut, rest], axis=0)])
 
 
-def _joined(new: _Nodes, block: Block, masks: dict[object, ir.Value]) -> ir.Value:
+def _joined(new: Nodes, block: Block, masks: dict[object, ir.Value]) -> ir.Value:
     """One mask of all terms: boolean if all are and nothing of the masked scores is left, else added, in Q's dtype."""
     dtype = block.q.dtype or ir.DataType.FLOAT
     scope = block.last.graph  # a mask that is made in one body is not there in another
@@ -136,7 +136,7 @@ def _joined(new: _Nodes, block: Block, masks: dict[object, ir.Value]) -> ir.Valu
     return masks[key]
 
 
-def _in_four_axes(new: _Nodes, block: Block, term: Term) -> ir.Value:
+def _in_four_axes(new: Nodes, block: Block, term: Term) -> ir.Value:
     """A mask beside the scores that it was for, which are [B,H,Q,K] now; numpy's rules align it from the right."""
     value, rank = term.value, rank_of(term.value)
     if term.rank == 5 and rank is not None and rank > 2:
@@ -147,7 +147,7 @@ def _in_four_axes(new: _Nodes, block: Block, term: Term) -> ir.Value:
     return value
 
 
-def _boolean(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:
+def _boolean(new: Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:
     kept = [value if term.keeps else new.add("Not", [value]) for term, value in terms]
     mask = kept[0]
     for value in kept[1:]:
@@ -155,7 +155,7 @@ def _boolean(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:
     return mask
 
 
-def _added(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataType) -> ir.Value:
+def _added(new: Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataType) -> ir.Value:
     mask: ir.Value | None = None
     for term, value in terms:
         if term.fill is not None:
@@ -173,7 +173,7 @@ def _added(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataTy
     return mask
 
 
-def _widened(new: _Nodes, block: Block, mask: ir.Value) -> ir.Value:
+def _widened(new: Nodes, block: Block, mask: ir.Value) -> ir.Value:
     ends = [(length(term.value, -2), length(term.value, -1)) for term in block.terms if (rank_of(term.value) or 0) >= 2]
     queries, keys = block.lengths
     if (
