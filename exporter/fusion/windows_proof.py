@@ -55,7 +55,8 @@ class _Trial:
         """How many tokens two neighbours among the chunks share; None where they share no half of theirs."""
         tokens = 2
         while tokens <= _LONGEST:
-            for self._of_tokens in product((False, True), repeat=len(self._window.lengths)):
+            for of_tokens in product((False, True), repeat=len(self._window.lengths)):
+                self._of_tokens = of_tokens
                 if (places := self._places(1, tokens)) is not None:
                     return int(places[0].shape[2]) // 2
             tokens *= 2
@@ -68,7 +69,11 @@ class _Trial:
         for batch, windows in _SIZES if self._window.lengths else _SIZES[:1]:
             tokens = 2 * half * windows
             places = self._places(batch, tokens)
-            whole = places is not None and (places[2].shape[0], *places[0].shape[1:3]) == (batch, 2 * windows - 1, 2 * half)
+            whole = places is not None and (places[2].shape[0], *places[0].shape[1:3]) == (
+                batch,
+                2 * windows - 1,
+                2 * half,
+            )
             if places is None or (self._window.lengths and not whole):
                 return f"its chunks are none of windows at {batch} x {tokens} tokens"
             feeds = self._drawn(places, half, random) | self._lengths(batch, tokens)
@@ -112,7 +117,10 @@ class _Trial:
         mask[random.random(mask.shape) < _MASKED] = least(dtype)
         values = random.normal(size=(rows, blocks, 3 * half, size))
         cut = [np.stack([each[:, i * half : (i + 2) * half] for i in range(count)], 1) for each in (query, key, mask)]
-        arrays = [*(each.astype(dtype.numpy()) for each in (*cut, values)), random.random((sources, tokens, 1, 1)) < 0.5]
+        arrays = [
+            *(each.astype(dtype.numpy()) for each in (*cut, values)),
+            random.random((sources, tokens, 1, 1)) < 0.5,
+        ]
         return {str(value.name): array for value, array in zip(self._window.inputs, arrays, strict=False)}
 
     def _run(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], feeds: Feeds) -> list[Array] | str:

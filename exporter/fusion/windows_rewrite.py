@@ -19,9 +19,9 @@ _END = np.iinfo(np.int64).max
 class Window:
     """One attention: chunks of Q, K [N,C-1,2w,D] and the keys' mask [B,C-1,2w,1], V in blocks [N,C,3w,D], N rows and heads.
 
-    ``hidden`` [B,T,1,1] says of which tokens the result is zero, None of none; ``wide``: the Softmax is computed in float32 for narrower
-    Q. ``nodes`` lead from these to ``last``, the MatMul with V; ``counting`` nodes to the ``places`` that the chunks are looked up at;
-    both read no more than ``lengths`` [1] of other values.
+    ``hidden`` [B,T,1,1] says of which tokens the result is zero, None of none; ``wide``: the Softmax is computed in float32 for
+    narrower Q. ``nodes`` lead from these to ``last``, the MatMul with V, ``counting`` to the ``places`` at which chunks are looked up;
+    of other values both read ``lengths`` [1] alone.
     """
 
     name: str
