@@ -48,6 +48,7 @@ _MOVES: dict[str, tuple[int, ...]] = {
     "Unsqueeze": (0,),
     "Where": (1, 2),
 }
+_SAME_NUMBERS = ("Expand", "Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
@@ -135,9 +136,11 @@ class _Found:
         assert values is not None, "ends are products"
         if mask is None:
             return "no mask is cut into chunks as its scores are"
+        if not _are_ones(mask.left):
+            return f"{mask.node.name} multiplies its mask by what are no ones"
         chunks = product.left, product.right, mask.right
         hidden = () if scores.hidden is None else (scores.hidden,)
-        nodes, lengths = self._between([last.outputs[0]], {*chunks, values, *hidden})
+        nodes, lengths = self._between([last.outputs[0]], {*chunks, mask.left, values, *hidden})
         places = tuple(place for each in chunks if (place := _place(each)) is not None)
         counting, other_lengths = self._between(places, set())
         lengths = tuple(dict.fromkeys(lengths + other_lengths))
@@ -153,6 +156,7 @@ class _Found:
             query=product.left,
             key=product.right,
             mask=mask.right,
+            ones=mask.left,
             values=values,
             hidden=scores.hidden,
             wide=wide,
@@ -223,7 +227,8 @@ class _Found:
             return replace(scores, hidden=hidden)
         taken = range(len(node.inputs)) if node.op_type == "Concat" else _MOVES.get(node.op_type, ())
         others = [value for index, value in enumerate(node.inputs) if index not in held]
-        moves = held.keys() <= set(taken) and all(map(self._is_fixed, others))
+        kept = "reduction" not in node.attributes or node.attributes["reduction"].as_string() in ("none", "add")
+        moves = kept and held.keys() <= set(taken) and all(map(self._is_fixed, others))
         return scores if moves or changes_nothing(node) else None
 
     def _between(
@@ -252,6 +257,13 @@ def _untransposed(value: ir.Value | None) -> ir.Value | None:
     node = None if value is None else value.producer()
     turned = node is not None and node.op_type == "Transpose" and order_of(node) == (0, 1, 3, 2)
     return node.inputs[0] if node is not None and turned else None
+
+
+def _are_ones(value: ir.Value) -> bool:
+    """Whether ``value`` is a one at every place, whatever it is looked up in or given the shape of."""
+    while (node := value.producer()) is not None and node.op_type in _SAME_NUMBERS and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return fill_of(value) == 1
 
 
 def _place(chunks: ir.Value) -> ir.Value | None:

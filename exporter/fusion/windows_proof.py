@@ -20,7 +20,7 @@ from txopt.exporter.fusion.windows_rewrite import Window
 from txopt.runtime.parity import TOLERANCE
 
 _SIZES = ((2, 1), (1, 2), (1, 3))  # (batch, windows): blocks at both ends, then two and four between them
-_LONGEST = 1 << 14  # tokens; windows are shorter
+_LONG = 1 << 12  # tokens, more than any window has
 _ALLOWED = {ir.DataType.FLOAT: 1e-5, ir.DataType.FLOAT16: TOLERANCE["fp16"], ir.DataType.BFLOAT16: TOLERANCE["bf16"]}
 _MASKED = 0.25  # of the keys
 _SEED = 7
@@ -53,13 +53,10 @@ class _Trial:
 
     def half(self) -> int | None:
         """How many tokens two neighbours among the chunks share; None where they share no half of theirs."""
-        tokens = 2
-        while tokens <= _LONGEST:
-            for of_tokens in product((False, True), repeat=len(self._window.lengths)):
-                self._of_tokens = of_tokens
-                if (places := self._places(1, tokens)) is not None:
-                    return int(places[0].shape[2]) // 2
-            tokens *= 2
+        for of_tokens in product((False, True), repeat=len(self._window.lengths)):
+            self._of_tokens = of_tokens
+            if (places := self._places(1, _LONG)) is not None:
+                return int(places[0].shape[2]) // 2
         return None
 
     def problem(self, half: int, nodes: Sequence[ir.Node]) -> str | None:
@@ -109,27 +106,35 @@ class _Trial:
 
     def _drawn(self, places: Sequence[Array], half: int, random: np.random.Generator) -> dict[str, Array]:
         """Chunks that overlap, blocks of V, and which tokens are hidden; some keys are masked, the others' masks are numbers too."""
-        (rows, count, _, size), sources = places[0].shape, len(places[2])
-        blocks, dtype = count + 1, self._window.query.dtype or ir.DataType.FLOAT
-        tokens = blocks * half
-        query, key = random.normal(size=(2, rows, tokens, size)) / size**0.25
-        mask = random.normal(size=(sources, tokens, places[2].shape[3]))
+        window, (rows, count, _, size), sources = self._window, places[0].shape, len(places[2])
+        blocks, dtype = count + 1, window.query.dtype or ir.DataType.FLOAT
+        query, key = random.normal(size=(2, rows, blocks * half, size)) / size**0.25
+        mask = random.normal(size=(sources, blocks * half, places[2].shape[3]))
         mask[random.random(mask.shape) < _MASKED] = least(dtype)
-        values = random.normal(size=(rows, blocks, 3 * half, size))
-        cut = [np.stack([each[:, i * half : (i + 2) * half] for i in range(count)], 1) for each in (query, key, mask)]
-        arrays = [
-            *(each.astype(dtype.numpy()) for each in (*cut, values)),
-            random.random((sources, tokens, 1, 1)) < 0.5,
-        ]
-        return {str(value.name): array for value, array in zip(self._window.inputs, arrays, strict=False)}
+        drawn = {
+            window.query: _chunks(query, half),
+            window.key: _chunks(key, half),
+            window.mask: _chunks(mask, half),
+            window.ones: _chunks(np.ones_like(mask), half),
+            window.values: random.normal(size=(rows, blocks, 3 * half, size)),
+        }
+        feeds = {str(value.name): array.astype(dtype.numpy()) for value, array in drawn.items()}
+        if window.hidden is not None:
+            feeds[str(window.hidden.name)] = random.random((sources, blocks * half, 1, 1)) < 0.5
+        return feeds
 
     def _run(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], feeds: Feeds) -> list[Array] | str:
         """What ``nodes`` alone give on ``feeds``, or why they do not run."""
-        window = self._window
-        inputs = [value for value in (*window.inputs, *window.lengths) if str(value.name) in feeds]
-        read = {value for node in nodes for value in node.inputs if value is not None and value.is_initializer()}
-        graph = alone(inputs, list(outputs), list(nodes), sorted(read, key=lambda value: str(value.name)))
+        read = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
+        inputs = [value for value in read if str(value.name) in feeds]
+        graph = alone(inputs, list(outputs), list(nodes), [value for value in read if value.is_initializer()])
         model = ir.Model(graph, ir_version=self._model.ir_version)
         model.graph.opset_imports.update(self._model.opset_imports)
         answers = run(model, [feeds])
         return answers if isinstance(answers, str) else [answers[0][str(value.name)] for value in outputs]
+
+
+def _chunks(tokens: Array, half: int) -> Array:
+    """[N,T,D] to [N,C-1,2w,D], of which neighbours share ``half`` tokens."""
+    starts = range(0, tokens.shape[1] - half, half)
+    return np.stack([tokens[:, start : start + 2 * half] for start in starts], axis=1)

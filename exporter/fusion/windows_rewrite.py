@@ -17,7 +17,8 @@ _END = np.iinfo(np.int64).max
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """One attention: chunks of Q, K [N,C-1,2w,D] and the keys' mask [B,C-1,2w,1], V in blocks [N,C,3w,D], N rows and heads.
+    """One attention: chunks of Q, K [N,C-1,2w,D] and the keys' mask [B,C-1,2w,1], V in blocks [N,C,3w,D], N rows and heads; what Q is
+    to K, ``ones`` are to the mask.
 
     ``hidden`` [B,T,1,1] says of which tokens the result is zero, None of none; ``wide``: the Softmax is computed in float32 for
     narrower Q. ``nodes`` lead from these to ``last``, the MatMul with V, ``counting`` to the ``places`` at which chunks are looked up;
@@ -28,6 +29,7 @@ class Window:
     query: ir.Value
     key: ir.Value
     mask: ir.Value
+    ones: ir.Value
     values: ir.Value
     hidden: ir.Value | None
     wide: bool
@@ -36,11 +38,6 @@ class Window:
     places: tuple[ir.Value, ...]
     counting: tuple[ir.Node, ...]
     lengths: tuple[ir.Value, ...]
-
-    @property
-    def inputs(self) -> tuple[ir.Value, ...]:
-        """What both the nodes and those in their place read, but for lengths."""
-        return (self.query, self.key, self.mask, self.values, *((self.hidden,) if self.hidden is not None else ()))
 
 
 def spelled(graph: ir.Graph, window: Window, half: int) -> list[ir.Node]:

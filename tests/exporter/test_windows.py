@@ -25,13 +25,14 @@ SPELLINGS: dict[str, tuple[type[windowed.Windows], tuple[int, int, int], tuple[t
     "one window": (windowed.Windows, (8, 1, 8), ((1, 1), (1, 4), (2, 3))),
     "one token to either side": (windowed.Windows, (2, 2, 8), ((2, 4), (3, 7))),
     "a window that is no power of two": (windowed.Windows, (6, 2, 12), ((2, 2), (3, 3))),
+    "tokens first": (windowed.TokensFirst, (8, 2, 16), ((2, 2), (3, 3))),
     "nothing hidden": (windowed.NothingHidden, (8, 2, 16), ((2, 2), (3, 3))),
 }
 
 # module, and how the reason begins
 NEAR_MISSES: dict[str, tuple[type[windowed.Windows], str]] = {
     "tokens beyond the ends": (windowed.OpenEnds, PLACES),
-    "a mask that counts twice": (windowed.Doubled, PLACES),
+    "a mask that counts twice": (windowed.Doubled, "multiplies its mask by what are no ones"),
     "the other way round": (windowed.Backward, PLACES),
     "scaled after the mask": (windowed.Scaled, "does more than move its scores"),
     "a number of each query's own": (windowed.Biased, "does more than move its scores"),
@@ -69,6 +70,20 @@ def test_windows_become_attention_over_blocks(name: str, tmp_path: Path) -> None
         assert np.abs(run(broken, given)[0] - expected).max() > 1e-3
 
 
+def test_what_a_file_says_is_kept_where_it_is_not_what_its_module_says(tmp_path: Path) -> None:
+    """The old exporter writes strides as numbers, and cuts chunks by them from a tensor that lies otherwise in memory."""
+    torch.manual_seed(0)
+    module, given = windowed.TokensFirst(), feeds(2, 16)
+    before = prepared(export(module, tmp_path / "in.onnx"))
+    after = before.clone()
+    assert windows.fuse(after).fused == 1
+    with torch.no_grad():
+        said = module(*map(torch.from_numpy, given.values())).numpy()
+    written = run(before, given)[0]
+    assert np.abs(written - said).max() > 0.1
+    np.testing.assert_allclose(run(after, given)[0], written, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_a_near_miss_is_left_alone(name: str, tmp_path: Path) -> None:
     module, reason = NEAR_MISSES[name]
@@ -79,6 +94,14 @@ def test_a_near_miss_is_left_alone(name: str, tmp_path: Path) -> None:
     assert report.fused == 0
     assert [reason in refusal for refusal in report.refused] == [True]
     assert ir.to_proto(graph).SerializeToString(deterministic=True) == untouched
+
+
+def test_scores_that_are_multiplied_where_they_are_put_are_left_alone(tmp_path: Path) -> None:
+    graph = prepared(export(windowed.Windows(), tmp_path / "in.onnx"))
+    scatter = next(node for node in graph.graph if node.op_type == "ScatterND")
+    scatter.attributes["reduction"] = ir.AttrString("reduction", "mul")
+    report = windows.fuse(graph)
+    assert report.refused == [f"/Einsum/MatMul_1: {scatter.name} does more than move its scores"]
 
 
 def test_what_was_tried_and_refused_leaves_no_reader_behind(tmp_path: Path) -> None:

@@ -26,14 +26,16 @@ class Windows(LEDEncoderSelfAttention):  # type: ignore[misc]  # transformers is
             nn.init.normal_(projection.weight, std=0.5)
 
     def forward(self, x: Tensor, keep: Tensor) -> Any:
-        query, key, value = (
-            project(x).view(*x.shape[:2], HEADS, SIZE) for project in (self.query, self.key, self.value)
-        )
+        query, key, value = (self.by_head(project, x) for project in (self.query, self.key, self.value))
         hidden = (keep == 0)[:, :, None, None]
         scores = self.masked(self.chunked(query * 0.5, key), hidden.float().masked_fill(hidden, LEAST))
         probabilities = self.hide(self.softmax(scores), hidden)
         heard = self._sliding_chunks_matmul_attn_probs_value(probabilities, value, self.one_sided_attn_window_size)
         return self.heard(heard.reshape(x.shape), probabilities)
+
+    def by_head(self, project: nn.Module, x: Tensor) -> Tensor:
+        heads: Tensor = project(x).view(*x.shape[:2], HEADS, SIZE)
+        return heads
 
     def chunked(self, query: Tensor, key: Tensor) -> Tensor:
         scores: Tensor = self._sliding_chunks_query_key_matmul(query, key, self.one_sided_attn_window_size)
@@ -50,6 +52,13 @@ class Windows(LEDEncoderSelfAttention):  # type: ignore[misc]  # transformers is
 
     def heard(self, heard: Tensor, probabilities: Tensor) -> Any:
         return heard
+
+
+class TokensFirst(Windows):
+    """As LED lays them out in memory: rows and heads beside one another, which chunks in a file are not cut from."""
+
+    def by_head(self, project: nn.Module, x: Tensor) -> Tensor:
+        return super().by_head(project, x.transpose(0, 1)).transpose(0, 1)
 
 
 class NothingHidden(Windows):
