@@ -23,6 +23,7 @@ from txopt.exporter.fusion import (
     rotary,
     scale,
     softmax,
+    windows,
 )
 from txopt.exporter.fusion.proof import Fusion, apply, prove
 from txopt.exporter.fusion.recording import Feeds
@@ -44,14 +45,16 @@ FOREIGN: tuple[Fusion, ...] = (
     projections.fuse,  # before lengths too, of which it needs fewer
     lengths.fuse,  # before attention too, whose scores nothing else may read; after whatever it could be read inside of
     attention.fuse,  # before those that look for the operator
+    windows.fuse,  # as attention, for what it does not look at; after lengths
     reshape.fuse,
     groups.fuse,  # after attention and Reshapes of Reshapes, behind which it looks
     scale.fuse,
     qkv.fuse,  # after these: Q, K and V are then cut by one shape, and nothing scales one of them
 )
 
-# What our own are searched for. Custom modules write out what they like, too; but lengths are read where they first appear.
-FUSIONS: tuple[Fusion, ...] = tuple(rule for rule in FOREIGN if rule is not lengths.fuse)
+# What our own are searched for. Custom modules write out what they like, too; but lengths are read where they first appear, and
+# windows that are cut by strides are the old exporter's.
+FUSIONS: tuple[Fusion, ...] = tuple(rule for rule in FOREIGN if rule not in (lengths.fuse, windows.fuse))
 
 
 def fuse(

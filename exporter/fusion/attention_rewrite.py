@@ -63,7 +63,7 @@ class Block:
 
 def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> None:
     """Replaces ``block`` in ``graph``; ``masks`` holds the joined masks of earlier blocks, and takes this one's."""
-    new = _Nodes(graph, block.name)
+    new = Nodes(graph, block.name)
     columns = block.columns
     if block.permutation is not None:
         columns = new.add("Transpose", [columns], perm=list(block.permutation))
@@ -89,7 +89,7 @@ def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> Non
     replace_by(block.last, *new.nodes)
 
 
-class _Nodes:
+class Nodes:
     """New nodes in order, named after the block."""
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
@@ -122,7 +122,7 @@ class _Nodes:
         return self.graph.initializers[name]
 
 
-def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:
+def _by_head(new: Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:
     """[N,.,D] to one head [N,1,.,D], or to [B,H,.,D] as the scores were cut; [B,G,H,.,D] to [B,G*H,.,D]."""
     if rank == 4:
         return value
@@ -140,7 +140,7 @@ def _by_head(new: _Nodes, value: ir.Value, rank: int, heads: ir.Value | None) ->
     return new.add("Reshape", [value, new.add("Concat", [cut, rest], axis=0)])
 
 
-def _turned(new: _Nodes, block: Block, term: Term, masks: dict[object, ir.Value]) -> Term:
+def _turned(new: Nodes, block: Block, term: Term, masks: dict[object, ir.Value]) -> Term:
     """``term`` for scores [..,Q,K], whatever order they were in when it masked them."""
     computed = list(range(term.rank))
     wanted = [*computed[:-2], computed[-1], computed[-2]] if block.turned else computed
@@ -161,7 +161,7 @@ def _turned(new: _Nodes, block: Block, term: Term, masks: dict[object, ir.Value]
     return replace(term, value=masks[key], order=None)
 
 
-def _joined(new: _Nodes, block: Block, terms: Sequence[Term], masks: dict[object, ir.Value]) -> ir.Value:
+def _joined(new: Nodes, block: Block, terms: Sequence[Term], masks: dict[object, ir.Value]) -> ir.Value:
     """One mask of all terms: boolean if all are and nothing of the masked scores is left, else added, in Q's dtype."""
     dtype = block.queries.dtype or ir.DataType.FLOAT
     scope = block.last.graph  # a mask that is made in one body is not there in another
@@ -173,7 +173,7 @@ def _joined(new: _Nodes, block: Block, terms: Sequence[Term], masks: dict[object
     return masks[key]
 
 
-def _in_four_axes(new: _Nodes, block: Block, term: Term) -> ir.Value:
+def _in_four_axes(new: Nodes, block: Block, term: Term) -> ir.Value:
     """A mask beside the scores that it was for, which are [B,H,Q,K] now; numpy's rules align it from the right."""
     value, rank = term.value, rank_of(term.value)
     if term.rank == 5 and rank is not None and rank > 2:
@@ -184,7 +184,7 @@ def _in_four_axes(new: _Nodes, block: Block, term: Term) -> ir.Value:
     return value
 
 
-def _boolean(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:
+def _boolean(new: Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:
     kept = [value if term.keeps else new.add("Not", [value]) for term, value in terms]
     mask = kept[0]
     for value in kept[1:]:
@@ -192,7 +192,7 @@ def _boolean(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]]) -> ir.Value:
     return mask
 
 
-def _added(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataType) -> ir.Value:
+def _added(new: Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataType) -> ir.Value:
     mask: ir.Value | None = None
     for term, value in terms:
         if term.fill is not None:
@@ -211,7 +211,7 @@ def _added(new: _Nodes, terms: Sequence[tuple[Term, ir.Value]], dtype: ir.DataTy
 
 
 def _widened(
-    new: _Nodes, block: Block, terms: Sequence[Term], operands: tuple[ir.Value, ir.Value], mask: ir.Value
+    new: Nodes, block: Block, terms: Sequence[Term], operands: tuple[ir.Value, ir.Value], mask: ir.Value
 ) -> ir.Value:
     """``mask`` of ``terms`` with a row for each query and a column for each key of the ``operands`` Q and K."""
     ends = [(length(term.value, -2), length(term.value, -1)) for term in terms if (rank_of(term.value) or 0) >= 2]

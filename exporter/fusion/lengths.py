@@ -7,7 +7,8 @@
 torch's old exporter asks every intermediate for its shape: Q, K and V are then cut by three shapes that nothing shows to be one, and
 scores are read by more than their Softmax. TensorFlow computes shapes in int32. origins.py follows lengths back. Nothing is refused:
 a length that cannot be followed stays where it is read, and so does one that would be read inside of a written-out attention, where
-a mask of unknown lengths hides those of Q: attention may not be read inside, and what comes out of it has the same length.
+a mask of unknown lengths hides those of Q: attention may not be read inside, and what comes out of it has the same length. The shape
+of what was given a whole shape by a Reshape is that shape, also where it holds products and quotients of lengths.
 """
 
 from collections.abc import Sequence
@@ -43,6 +44,10 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
         read = output not in made.values() and output.dtype in (None, ir.DataType.INT64)  # which is what a Shape gives
         found = lengths_of(output) if read else None
         if not found or output.is_graph_output() or not output.uses():
+            continue
+        if (given := _given(node)) is not None and not report.bars(node):
+            output.replace_all_uses_with(given)
+            report.fused += 1
             continue
         first = _run([origins.of(one) for one in found])
         hidden = isinstance(first, tuple) and first[0] in inside
@@ -102,6 +107,27 @@ def _run(found: Sequence[Length]) -> Length | None:
         return first
     value, axis = first
     return first if list(found) == [(value, axis + i) for i in range(len(found))] else None
+
+
+def _given(shape: ir.Node) -> ir.Value | None:
+    """The shape that a Reshape gave to what ``shape`` asks, if it says every length and leaves none."""
+    whole = shape.op_type == "Shape" and not shape.attributes and shape.inputs[0] is not None
+    reshape = shape.inputs[0].producer() if whole and shape.inputs[0] is not None else None
+    given = reshape.inputs[1] if reshape is not None and reshape.op_type == "Reshape" else None
+    parts = lengths_of(given)
+    return given if parts is not None and all(map(_counts, parts)) else None
+
+
+def _counts(part: Length | None) -> bool:
+    """Whether a part of a shape counts something, and is neither what is left nor what is copied: -1 and 0."""
+    if not isinstance(part, ir.Value):
+        return isinstance(part, tuple) or (part is not None and part > 0)
+    if (found := lengths_of(part)) is not None:
+        return all(map(_counts, found))
+    node = part.producer()
+    if node is None or node.op_type not in (*_READ, "Mul", "Div"):
+        return False
+    return all(map(_counts, node.inputs if node.op_type in ("Mul", "Div") else node.inputs[:1]))
 
 
 def _is_canonical(node: ir.Node, first: Length, count: int) -> bool:

@@ -100,7 +100,7 @@ def _verdicts(
         return dict.fromkeys(places, _Verdict(reason="not proved: there are no inputs to run it on"))
     found = regions(before, after, places)
     read = {name for region in found.values() if isinstance(region, Region) for name in region.read}
-    recording, verdicts = Recording(before, read, feeds, _run), {}
+    recording, verdicts = Recording(before, read, feeds, run), {}
     for place, region in found.items():
         recorded = region if isinstance(region, str) else recording.of(region.read)
         if isinstance(region, str) or isinstance(recorded, str):
@@ -113,7 +113,7 @@ def _verdicts(
 def _judged(region: Region, model: ir.Model, recorded: Sequence[Feeds]) -> _Verdict:
     alone = ir.Model(region.graph, ir_version=model.ir_version)
     alone.graph.opset_imports.update(model.opset_imports)
-    answers = _run(alone, [{name: one[place] for place, name in region.inputs.items()} for one in recorded])
+    answers = run(alone, [{name: one[place] for place, name in region.inputs.items()} for one in recorded])
     if isinstance(answers, str):
         return _Verdict(reason=f"not proved: {answers}")
     worst = _Verdict()
@@ -131,7 +131,7 @@ def _least(dtype: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(dtype).smallest_normal) if dtype.kind in "fV" else 1.0  # type: ignore[no-untyped-call]
 
 
-def _run(model: ir.Model, feeds: Sequence[Feeds]) -> list[dict[str, Array]] | str:
+def run(model: ir.Model, feeds: Sequence[Feeds]) -> list[dict[str, Array]] | str:
     """The outputs of ``model``, which is lowered for it, for each of ``feeds``; or why it does not run."""
     lower(model, "")
     with tempfile.TemporaryDirectory(prefix="txopt-proof-") as folder:

@@ -247,3 +247,27 @@ def test_what_is_left_is_known_where_the_other_lengths_are_numbers_or_stay() -> 
         node.inputs[0] is not None and node.inputs[0].name == "x" for node in graph.graph if node.op_type == "Shape"
     )
     assert run(graph, feeds())[0] == 3
+
+
+# nodes that make v of x, and what asks for its shape: a shape that was given to a Reshape, and ones that say less than the answer
+GIVEN = {
+    "lengths, products and quotients": "p = Mul(b, t) h = Concat<axis=0>(p, twos, threes) v = Reshape(x, h)",
+    "a quotient": "p = Mul(b, t) m = Mul(p, twos) n = Div(m, twos) h = Concat<axis=0>(n, twos, threes) v = Reshape(x, h)",
+}
+NOT_GIVEN = {
+    "what is left": "p = Mul(b, t) h = Concat<axis=0>(p, left, threes) v = Reshape(x, h)",
+    "what is copied": "p = Mul(b, t) h = Concat<axis=0>(p, zeros, threes) v = Reshape(x, h)",
+    "a difference": "p = Sub(b, t) h = Concat<axis=0>(p, twos, threes) v = Reshape(x, h)",
+}
+
+
+@pytest.mark.parametrize("name", [*GIVEN, *NOT_GIVEN])
+def test_the_shape_of_what_was_given_one_is_that(name: str) -> None:
+    nodes = GIVEN[name] if name in GIVEN else NOT_GIVEN[name]
+    graph = model(f"b = Shape<end=1>(x) t = Shape<start=1,end=2>(x) {nodes} w = Shape(v) z = Mul(w, ones)", "one")
+    reader = next(node for node in graph.graph if node.outputs[0].name == "z")
+    graph.graph.outputs.append(reader.outputs[0])
+    fuse(graph)
+    (source,) = (value.producer() for value in reader.inputs if value is not None and value.producer() is not None)
+    assert source is not None
+    assert source.op_type == ("Concat" if name in GIVEN else "Shape")
