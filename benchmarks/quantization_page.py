@@ -4,8 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from txopt.benchmarks.machine import described
+from txopt.benchmarks.quantization_loss import VARIANTS
 
 Document = dict[str, Any]
+
+_ORDER = {variant.name: place for place, variant in enumerate(VARIANTS)}
 
 
 def page(document: Document) -> str:
@@ -17,7 +20,7 @@ def page(document: Document) -> str:
 def _losses(document: Document) -> str:
     parts = []
     for model, found in document.get("loss", {}).items():
-        rows = found.get("rows", {})
+        rows = dict(sorted(found.get("rows", {}).items(), key=lambda row: _ORDER.get(row[0], len(_ORDER))))
         measured = [row for row in rows.values() if "problem" not in row]
         before = f"; fp32: {_interval(measured[0]['baseline']['figure'])}" if measured else ""
         head = ("", found["metric"], "lost", "may lose", "same tokens, forced", "free", "weights", "artifact")

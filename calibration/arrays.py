@@ -36,7 +36,7 @@ def of_npz(path: Path, padding: Padding, problems: Problems) -> Iterator[Source]
         raise InputError(f"{path}: cannot be read: {err.strerror or err}") from err
     except Exception as err:  # numpy lets whatever zipfile, zlib and its own header raise pass, and recommends pickle
         raise InputError(
-            f"{path}: expected an .npz archive of arrays of numbers by name, found {type(err).__name__}"
+            f"{path}: expected an .npz archive of arrays of numbers by name, found something else"
         ) from err
     yield from of_mapping(arrays, path.name, padding, problems)
 

@@ -136,7 +136,7 @@ def judge(
         metric: see ``metrics.pick`` and ``heads.Head.metric``.
         references: for each of N samples what would be right; None: what the fp32 artifact said.
         baseline, candidate: what the fp32 and the quantized artifact said, N texts or answers each.
-        agreement: of both, over the same N samples.
+        agreement: of both, over these N samples, and others that have no reference.
         compared: what to write into the certificate.
         max_loss: points that may be lost, 0 or more.
 
@@ -145,9 +145,9 @@ def judge(
         InputError: no samples, not as many of one kind as of another, or samples that cannot be measured.
     """
     check_limit(metric.name, max_loss)
-    if agreement.samples != len(baseline):
+    if agreement.samples < len(baseline):
         raise InputError(
-            f"loss gate: expected the agreement of {len(baseline)} samples, found that of {agreement.samples}"
+            f"loss gate: expected the agreement of at least {len(baseline)} samples, found that of {agreement.samples}"
         )
     right = [[one] for one in baseline] if references is None else references
     before, after = metric.measure(baseline, right), metric.measure(candidate, right)

@@ -210,10 +210,15 @@ class Ranges:
             document = parse(data, problems)
             found = cls._read(document, problems)
         except ArtifactError as err:
-            raise ArtifactError(f"{path}: {err}; delete it and calibrate again") from err
+            raise ArtifactError(
+                f"{path}: {err}; --ranges takes a file that txopt wrote, or a path where there is none yet"
+            ) from err
         if problems:
             raise ArtifactError(
-                explain(f"{path}: not valid ranges; delete the file and calibrate again:", limited(problems))
+                explain(
+                    f"{path}: not valid ranges; --ranges takes a file that txopt wrote, or a path where there is none yet:",
+                    limited(problems),
+                )
             )
         return found
 

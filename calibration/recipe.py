@@ -18,7 +18,7 @@ from txopt.calibration.linears import Role, reads
 from txopt.calibration.weights import LOOK_AT_DATA, Method
 from txopt.runtime.errors import UsageError, explain
 
-# Products of blocks this wide are equal to the bit for one row and for many; those of wider ones are not (docs/quantization.md).
+# Products of blocks this wide are equal to the bit for one row and for many; those of wider ones are not (docs/decisions.md 30).
 SCHEMES = {
     "int8": BlockScheme(bits=8, block=64),
     "int4": BlockScheme(bits=4, block=32, symmetric=False),
@@ -73,7 +73,7 @@ class Recipe:
         if precision == FP8.name:
             raise UsageError("precision: fp8 is for --scheme static --target tensorrt; give both, or choose int8")
         if precision not in SCHEMES:
-            known = ", ".join((*SCHEMES, *FORMATS, "fp16", "bf16"))
+            known = ", ".join(dict.fromkeys((*SCHEMES, *FORMATS, "fp16", "bf16")))
             raise UsageError(f"precision: expected one of {known} to quantize, got {precision!r}")
         if method is not None and method not in tuple(Method):
             raise UsageError(f"method: expected one of {', '.join(Method)}, got {method!r}")

@@ -196,6 +196,17 @@ class _Trial:
     vocabulary: int
 
 
+_UNASKED = {
+    kind: f"decode() asked for no {kind}-attention of its cache: every layer's goes through cache.{kind}_attention(...)"
+    for kind in ("self", "cross")
+}
+_UNATTENDED = {  # of a module whose cache is derived
+    "self": "decode() attends to none of its own tokens by softmax(Q K^T) V, so a step would know nothing of those before it; "
+    "sums that run along them, as linear attention has, cannot be cached so",
+    "cross": "decode() attends to no memory by softmax(Q K^T) V, so what it generates would not depend on the source",
+}
+
+
 def _tried(module: Any, facts: CustomFacts) -> _Trial:
     """Calls as long as the module says a target may be.
 
@@ -228,7 +239,7 @@ def _tried(module: Any, facts: CustomFacts) -> _Trial:
     check_logits(logits, 1, tokens.shape[1])
     vocabulary = int(logits.shape[-1])
     problems = [
-        f"decode() asked for no {kind}-attention of its cache: every layer's goes through cache.{kind}_attention(...)"
+        (_UNATTENDED if isinstance(module, Incremental) else _UNASKED)[kind]
         for kind, found in (("self", cache.self_kv), ("cross", cache.cross_kv))
         if not found
     ]

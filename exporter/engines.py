@@ -18,14 +18,14 @@ from typing import Any
 import onnx_ir as ir
 
 from txopt.exporter import weights
-from txopt.exporter.engine import Built, Engine, Switches
+from txopt.exporter.engine import MANNERS, Built, Engine, Switches
 from txopt.exporter.lowering import tensorrt
 from txopt.exporter.lowering.choice import choice_specs
 from txopt.exporter.plan_cache import PlanCache, key_of
 from txopt.exporter.profiles import Sizes, profiles_of
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.engines import FILE, LIBRARIES, EngineSet, Plan, Profile, engines_of, to_bytes
-from txopt.runtime.errors import ArtifactError, UsageError, explain
+from txopt.runtime.errors import ArtifactError, MissingDependencyError, UsageError, explain
 from txopt.runtime.files import FOLDER
 from txopt.runtime.graphs import GraphSpec
 from txopt.runtime.manifest import Manifest
@@ -93,13 +93,18 @@ class Made:
 
 
 def plan(artifact: str | os.PathLike[str], options: Options) -> dict[str, Any]:
-    """What ``build`` would build, as a JSON document; nothing is built, and no library is needed.
+    """What ``build`` would build, as a JSON document; nothing is built.
+
+    No library is needed; where TensorRT-RTX is there, it is asked whether it builds for these GPUs.
 
     Raises:
         ArtifactError, UsageError: as ``build``.
     """
     if options.runtime not in LIBRARIES:
         raise UsageError(f"runtime: expected one of {', '.join(LIBRARIES)}, got {options.runtime!r}")
+    if not MANNERS[options.runtime].needs_gpu:
+        with suppress(MissingDependencyError):
+            Engine(options.runtime, options.capabilities, options.switches)
     opened = Artifact.open(artifact)
     sizes = options.sizes(opened.manifest)
     drafts = _drafts(opened, sizes, options)

@@ -1,4 +1,7 @@
-"""Whether everything but attention acts on each position alone: the whole sequence against one token at a time, node by node."""
+"""Whether everything but attention acts on each position alone: the whole sequence against one token at a time, node by node.
+
+And on each row of the batch: against the same with another row beside it.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +21,7 @@ TOLERANCE = 1e-3  # of a value's largest magnitude; rounding is far below, anoth
 
 
 def check(decoder: Incremental, vocabulary: int, found: Forward, masks: Sequence[Tensor | None]) -> None:
-    """Raises SourceError with the first node whose value at a position is not the one that a step computes.
+    """Raises SourceError with the first node whose value at a position is not the one that a step computes, or depends on other rows.
 
     Args:
         decoder: derived.
@@ -35,6 +38,8 @@ def check(decoder: Incremental, vocabulary: int, found: Forward, masks: Sequence
         return  # which masks do not keep from other positions; that there is one, the recording tells
     shapes = [(len(memory), k.shape[1], length, k.shape[3]) for k, _ in found.self_kv]
     buffers = [(torch.zeros(shape, dtype=memory.dtype), torch.zeros(shape, dtype=memory.dtype)) for shape in shapes]
+    others = torch.cat([tokens[:1], (tokens[1:] + 1) % vocabulary])
+    _check_rows(decoder, whole, _whole(decoder, others, found.memories, masks))
     order = {node: index for index, node in enumerate(decoder.nodes)}
     wrong: set[fx.Node] = set()
     for position in range(length):
@@ -52,6 +57,23 @@ def check(decoder: Incremental, vocabulary: int, found: Forward, masks: Sequence
         raise SourceError(
             f"{place(node)} mixes positions: a token's result depends on others beside it, and only attention may do that in a "
             "decoder that generates step by step"
+        )
+
+
+def _check_rows(decoder: Incremental, whole: dict[fx.Node, Tensor], other: dict[fx.Node, Tensor]) -> None:
+    """Raises SourceError where the first row's logits change with what the other rows hold, with the first node where they do."""
+    (logits,) = decoder.nodes[-1].args[0][:1]
+    rows = len(whole[logits])
+
+    def changes(node: fx.Node) -> bool:
+        value = whole[node]
+        mine = value.dim() and value.shape[0] == rows
+        return bool(mine) and difference(_numbers(value[:1]), _numbers(other[node][:1])) > TOLERANCE
+
+    if changes(logits):
+        node = next(node for node in decoder.nodes if node in whole and changes(node))
+        raise SourceError(
+            f"{place(node)} mixes rows: what a row of the batch says depends on the others, which beams and batches are made of"
         )
 
 

@@ -309,7 +309,8 @@ def _moments(
 def _check_beside(ranges: Path, *artifacts: Path) -> None:
     folder = Path(os.path.realpath(ranges.parent))
     for artifact in artifacts:
-        if (artifact / MANIFEST).is_file() and folder.is_relative_to(os.path.realpath(artifact)):
+        made = not artifact.exists() or (artifact / MANIFEST).is_file()
+        if made and folder.is_relative_to(os.path.realpath(artifact)):
             raise UsageError(
                 f"--ranges {ranges}: is inside the artifact, which holds the files of its manifest and no others; keep it elsewhere"
             )

@@ -321,15 +321,23 @@ def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
 
 
 def _batched(model: Model, case: Case, name: str) -> float:
-    """A case alone against three copies of it in one batch."""
+    """A case alone against itself between two others of its lengths: what it holds itself, the other way round."""
     alone = answers(model, case)[name]
-    copies = Case(
-        name="copies",
-        inputs={key: np.repeat(value, 3, axis=0) for key, value in case.inputs.items()},
-        tokens=np.repeat(case.tokens, 3, axis=0),
+    start, rest = case.tokens[:, :1], case.tokens[:, 1:]
+    between = Case(
+        name="between",
+        inputs={
+            key: _between(value, np.flip(value, tuple(range(1, value.ndim)))) for key, value in case.inputs.items()
+        },
+        tokens=_between(case.tokens, np.concatenate([start, np.flip(rest, 1)], axis=1)),
         schedule=case.schedule,
     )
-    return float(np.abs(answers(model, copies)[name] - alone).max())
+    rows = len(alone)
+    return float(np.abs(answers(model, between)[name][rows : 2 * rows] - alone).max())
+
+
+def _between(own: Array, other: Array) -> Array:
+    return np.concatenate([other, own, other])
 
 
 def _trimmed(model: Model, case: Case, row: int) -> dict[str, Array]:

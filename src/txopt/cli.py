@@ -107,7 +107,9 @@ def quantize(
     metric: Metric = None,
     scheme: Scheme = None,
     method: Method = None,
-    block: Annotated[int | None, typer.Option(help="rows of a weight that share a scale: 16 to 256")] = None,
+    block: Annotated[
+        int | None, typer.Option(help="rows of a weight that share a scale: 16, 32, 64, 128 or 256")
+    ] = None,
     limit: Annotated[int, typer.Option(help="most samples to calibrate and measure on")] = 256,
     ranges: Annotated[
         Path | None,
@@ -352,6 +354,10 @@ def main(arguments: list[str] | None = None) -> None:
         print("terminated; nothing was left half written", file=sys.stderr)
         sys.exit(_TERMINATED)
     except SystemExit as done:
+        if (
+            type(sys.stdout).__name__ == "PacifyFlushWrapper"
+        ):  # typer puts it there when nobody reads on, and ends with 1
+            sys.exit(0)
         if done.code == _INTERRUPTED:  # typer makes it of Ctrl-C, and says nothing
             print("interrupted; nothing was left half written", file=sys.stderr)
         raise

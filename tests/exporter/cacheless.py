@@ -291,6 +291,13 @@ class TwoMemories(Learned):
         return memory, memory[:, :1]
 
 
+class Averaged(Learned):
+    """Every row less the mean of the rows beside it."""
+
+    def placed(self, x: Tensor) -> Tensor:
+        return super().placed(x - x.mean(0, keepdim=True))
+
+
 class NeverAlone(Learned):
     """One token is a step to it, for which it lacks a cache; eole's decoder does this."""
 
@@ -338,6 +345,7 @@ BAD: dict[type[Learned], str] = {
     Convolution: "(conv1d in convolution) mixes positions",
     Pooled: "(mean) mixes positions",
     Summed: "(cumsum) mixes positions",
+    Averaged: "(sub) mixes rows",
     Unmasked: "self-attention without a mask sees later tokens",
     Bidirectional: "this mask lets tokens see later ones",
     MaskedByToken: "node and_1 (__and__) relates positions to each other outside of an attention, by node tril (tril)",

@@ -42,6 +42,11 @@ EQUATIONS = [
     "bqhd,bkhd->bhqk",
     "bhqk,bkhd->bqhd",
     "gbhqd,gbhkd->gbhqk",
+    "bhgqd,bhkd->bhgqk",
+    "bhgqk,bhkd->bqhgd",
+    "bqhgd,bkhd->bhgqk",
+    "bqd,dk->bqk",
+    "bqd,kd->qkb",
     *(f"{''.join(order)},bkd->qkb" for order in itertools.permutations("bqd")),
 ]
 
@@ -52,15 +57,15 @@ def test_a_product_of_matrices_becomes_one(equation: str) -> None:
     before = run(graph, feeds(graph))[0]
     report = fuse(graph)
     assert (report.operator, report.fused, report.refused) == ("Einsum", 1, [])
-    assert set(count(graph)) <= {"MatMul", "Transpose"}
+    assert set(count(graph)) <= {"MatMul", "Transpose", "Unsqueeze"}
     onnx.checker.check_model(ir.to_proto(graph), full_check=True)
     np.testing.assert_allclose(run(graph, feeds(graph))[0], before, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "equation",
-    ["bqd,bqd->bq", "bqd,bdk->qk", "bhqd,bkhd->bqk", "bqd,dk->bqk", "qd,kd->kqd", "bqn,bkd->bqkd"],
-    ids=["no column", "a sum over rows", "two sums", "a letter of one operand alone", "no sum", "an outer product"],
+    ["bqd,bqd->bq", "bqd,bdk->qk", "bhqd,bkhd->bqk", "qd,kd->kqd", "bqn,bkd->bqkd", "qd,bkd->bqk"],
+    ids=["no column", "a sum over rows", "two sums", "no sum", "an outer product", "batches of the second alone"],
 )
 def test_anything_else_is_left_alone_and_named(equation: str) -> None:
     report = fuse(product(equation))
@@ -78,6 +83,22 @@ def test_an_attention_of_einsums_fuses() -> None:
         "p = Softmax<axis=-1>(s)",
         'y = Einsum<equation="bhqk,bkhd->bqhd">(p, v)',
         q="bqhd",
+        k="bkhd",
+        v="bkhd",
+    )
+    before = run(graph, feeds(graph))[0]
+    assert fuse(graph).fused == 2
+    assert attention.fuse(graph).fused == 1
+    np.testing.assert_allclose(run(graph, feeds(graph))[0], before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["bhgqd", "bqhgd"])
+def test_groups_of_heads_by_einsum_fuse(order: str) -> None:
+    graph = model(
+        f's = Einsum<equation="{order},bkhd->bhgqk">(q, k)',
+        "p = Softmax<axis=-1>(s)",
+        f'y = Einsum<equation="bhgqk,bkhd->{order}">(p, v)',
+        q=order,
         k="bkhd",
         v="bkhd",
     )

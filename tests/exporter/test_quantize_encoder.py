@@ -320,6 +320,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+def test_numbers_that_are_all_the_same_are_no_references(tiny: Make, tmp_path: Path) -> None:
+    same = [{**source, "labels": [1.0]} for source in sources()]
+    with pytest.raises(InputError, match="r-squared: expected references that differ from each other"):
+        quantize(tiny("numbers").path, tmp_path / "out", calibration=same)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_options_and_data_that_do_not_fit_are_refused(
     what: str, classifier: Artifact, labelled: Path, tmp_path: Path
