@@ -9,7 +9,7 @@ Found from its Softmax, by meaning rather than by one spelling:
     K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew; so Q^T
     scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
     mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
-    around   Cast between floats, Identity, Dropout out of training, torch's and Keras' guards for rows that mask everything;
+    around   Cast between floats, Identity, Dropout out of training, torch's, Keras' and ESPnet's guards for rows that mask everything;
              Transpose, undone before V, with scales, masks and the Softmax along the keys in between; masks are transposed with
              the scores
 
@@ -145,14 +145,15 @@ class _Chain:
             raise _Refusal(f"{reshape.name} has a shape that may copy lengths")
         self.rank, self.heads = (4, shape) if cuts else (3, self.heads)
 
-    def zero(self, where: ir.Node) -> None:
+    def zero(self, step: Step) -> None:
         """A mask that leaves zeros where a row masks everything: as with -inf, whatever it fills with."""
+        mask, keeps = step.node.inputs[0], step.index == 1
         same = [
-            term.value is where.inputs[0] and term.fill is not None and term.keeps and term.order == self.order
+            term.value is mask and term.fill is not None and term.keeps == keeps and term.order == self.order
             for term in self.terms
         ]
         if not any(same):
-            raise _Refusal(f"{where.name} changes the probabilities by another mask than the scores'")
+            raise _Refusal(f"{step.node.name} changes the probabilities by another mask than the scores'")
         self.terms = [
             replace(term, fill=-math.inf, whole=True) if also else term
             for term, also in zip(self.terms, same, strict=True)
@@ -226,8 +227,8 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
         if step.node is not above[0].node:
             chain.take(step.node, step.index)
         _check_alone(step.node, reader, beside)
-    if below[0].index == 1 and zeroes(below[0].node):
-        chain.zero(below[0].node)
+    if below[0].node not in guard and zeroes(below[0]):
+        chain.zero(below[0])
         guard.add(below[0].node)
     axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
     chain.softmax(axis)

@@ -13,7 +13,8 @@ from txopt.exporter.graph import FOLD_LIMIT
 from txopt.exporter.origins import origin
 from txopt.exporter.shapes import lengths_of
 
-_UNARY = ("Cast", "Identity", "Reshape", "Clip", "Transpose")  # what follows on the way is their first input
+# What follows on the way is their first input; the last ones change scores, which a reason of refusal is for.
+_UNARY = ("Cast", "Identity", "Reshape", "Clip", "Transpose", "Neg", "Abs", "Relu", "Sigmoid", "Exp", "Pow")
 _BEFORE = (*_UNARY, "Add", "Sub", "Mul", "Div", "Where", "Max", "Tanh", "Concat")
 _AFTER = ("Add", "Mul", "Div", "Where", "Cast", "Identity", "Dropout", "Reshape", "Transpose", "Slice")
 _FARTHEST = 12  # nodes; a path is rarely longer than six
@@ -87,9 +88,12 @@ def guards(softmax: ir.Node) -> set[ir.Node]:
     return set()
 
 
-def zeroes(where: ir.Node) -> bool:
-    """Whether ``where`` is Keras' zeros for rows that mask everything, Where(mask, p, 0); attention.py judges the mask."""
-    return where.op_type == "Where" and fill_of(where.inputs[2]) == 0
+def zeroes(step: Step) -> bool:
+    """Whether ``step`` puts zeros where a mask hides, for rows that mask everything; attention.py judges the mask.
+
+    That is Where(mask, p, 0) in Keras, Where(mask, 0, p) in ESPnet.
+    """
+    return step.node.op_type == "Where" and step.index > 0 and fill_of(step.node.inputs[3 - step.index]) == 0
 
 
 def _all_masked(node: ir.Node, scores: ir.Value | None) -> ir.Node | None:

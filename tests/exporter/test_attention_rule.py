@@ -112,6 +112,11 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         1,
         {"Add": 1, "Where": 1},
     ),
+    "guarded by the mask once more, which says what is hidden": (
+        S + "h = Not(keep) w = Where(h, lowest, s) p = Softmax(w) g = Where(h, zero, p) y = MatMul(g, v)",
+        1,
+        {"Not": 2},
+    ),
     "guarded where all is masked": (
         S
         + "w = Where(keep, s, infinite) p = Softmax(w) e = Equal(w, infinite) c = Cast<to=7>(e) r = ReduceMin<keepdims=1>(c, keys) "
@@ -186,6 +191,8 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
     "a negative scale": (S + "m = Mul(s, minus) " + P.format("m"), "not positive"),
     "by the scores": (S + "m = Div(two, s) " + P.format("m"), "no constant"),
     "from a bias": (S + "a = Sub(bias, s) " + P.format("a"), "subtracts the scores"),
+    "turned round": (S + "n = Neg(s) " + P.format("n"), "changes the scores"),
+    "squared": (S + "n = Pow(s, two) " + P.format("n"), "changes the scores"),
     "a soft cap": (S + "c = Tanh(s) " + P.format("c"), "changes the scores"),
     "a mask of the scores": (S + "w = Where(keep, s, zero) a = Add(s, w) " + P.format("a"), "s is read elsewhere"),
     "scores twice": (S + "a = Add(s, s) " + P.format("a"), "s is read elsewhere"),
@@ -198,6 +205,10 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
     "a floor above some scores": (S + "m = Max(s, zero) " + P.format("m"), "fills with 0"),
     "guarded by another mask": (
         S + "w = Where(keep, s, billion) h = Not(hide) p = Softmax(w) g = Where(h, p, zero) y = MatMul(g, v)",
+        "changes the probabilities by another mask than the scores'",
+    ),
+    "guarded by what the scores' mask keeps": (
+        S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, zero, p) y = MatMul(g, v)",
         "changes the probabilities by another mask than the scores'",
     ),
     "guarded by a mask that only the probabilities have": (
