@@ -14,10 +14,10 @@ from txopt.runtime.errors import TxoptError
 
 
 def footprint(
-    artifact: Path, *, batch: int, source_length: int, new_tokens: int, threads: int | None
+    artifact: Path, *, batch: int, source_length: int, new_tokens: int, device: str = "cpu", threads: int | None
 ) -> dict[str, float]:
-    """load_s, peak_mb and base_mb (the process before it loads anything) of load + generate."""
-    arguments = [str(artifact), str(batch), str(source_length), str(new_tokens), str(threads or 0)]
+    """load_s, peak_mb and base_mb (the process before it loads anything) of load + generate; memory of the host."""
+    arguments = [str(artifact), device, str(batch), str(source_length), str(new_tokens), str(threads or 0)]
     command = [sys.executable, "-m", "txopt.benchmarks.footprint", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -34,13 +34,14 @@ def peak_mb() -> float:
 
 
 def _main(arguments: list[str]) -> None:
-    path, batch, source_length, new_tokens, threads = Path(arguments[0]), *map(int, arguments[1:])
+    path, device = Path(arguments[0]), arguments[1]
+    batch, source_length, new_tokens, threads = map(int, arguments[2:])
     from txopt.benchmarks.inputs import draw
     from txopt.runtime.model import load
 
     base = peak_mb()
     start = time.perf_counter()
-    model = load(path, threads=threads or None)
+    model = load(path, device=device, threads=threads or None)
     loaded = time.perf_counter() - start
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "num_beams": 1}
     if model.manifest.kind == "encoder":

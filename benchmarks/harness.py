@@ -19,12 +19,13 @@ from txopt.runtime.model import Model, load
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Batch sizes, tokens in and out, timed runs, engine threads (None: one per core)."""
+    """Batch sizes, tokens in and out, timed runs, the device, engine threads (None: one per core)."""
 
     batches: tuple[int, ...] = (1, 8)
     source_length: int = 64
     new_tokens: int = 64
     repeats: int = 5
+    device: str = "cpu"
     threads: int | None = None
 
 
@@ -41,7 +42,12 @@ def measure(
     if min(*settings.batches, settings.source_length, settings.new_tokens, settings.repeats) < 1:
         given = ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
         raise UsageError(f"batch sizes, lengths and repeats must be at least 1, got {given}")
-    model = load(path, threads=settings.threads)
+    if peer is not None and settings.device != "cpu":
+        raise UsageError(
+            f"--against {peer} computes on the CPU, and --device {settings.device} does not: leave one out; python -m "
+            "txopt.benchmarks.gpu compares on a GPU"
+        )
+    model = load(path, device=settings.device, threads=settings.threads)
     if model.manifest.kind == "encoder":
         raise UsageError("bench measures generate(); this artifact is an encoder alone")
     precision = "fp32" if model.manifest.precision in QUANTIZED else model.manifest.precision
@@ -52,7 +58,12 @@ def measure(
         rows.append(_batch(model, other, batch, settings))
     note("load time and memory, in a process of its own")
     cost = footprint(
-        path, batch=1, source_length=settings.source_length, new_tokens=settings.new_tokens, threads=settings.threads
+        path,
+        batch=1,
+        source_length=settings.source_length,
+        new_tokens=settings.new_tokens,
+        device=settings.device,
+        threads=settings.threads,
     )
     size = sum(entry.size for entry in model.manifest.files.values())
     document = {

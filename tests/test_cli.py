@@ -326,6 +326,33 @@ def test_4_a_device_without_its_engine(g2p: Artifact) -> None:
     assert "onnxruntime-gpu" in done.stderr or "txopt[gpu]" in done.stderr
 
 
+def test_2_a_bench_of_engines_that_are_not_there(g2p: Artifact) -> None:
+    done = txopt("bench", g2p.path, "--device", "tensorrt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "txopt engine" in done.stderr
+
+
+def test_2_a_bench_on_one_device_against_a_peer_on_another(g2p: Artifact) -> None:
+    done = txopt("bench", g2p.path, "--device", "cuda", "--against", "torch", "--source", SOURCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--against torch computes on the CPU, and --device cuda does not" in done.stderr
+
+
+def test_0_a_bench_is_one_document(g2p: Artifact) -> None:
+    few = ("--batch", 1, "--repeats", 1, "--new-tokens", 4, "--source-length", 4)
+    done = txopt("bench", g2p.path, *few, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["settings"]["device"] == "cpu"
+    assert document["peak_mb"] > document["base_mb"] > 0
+
+
+def test_0_somebody_who_reads_no_further_is_no_error(g2p: Artifact) -> None:
+    command = f"set -o pipefail; {TXOPT} inspect {g2p.path} --json | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_word_is_said_in_no_time(g2p: Artifact) -> None:
     """Start of the process, check of all hashes and the answer, best of five; benchmarks/main_road.py has the wall clock.
 

@@ -293,6 +293,7 @@ def bench(
     source_length: Annotated[int, typer.Option(help="source tokens")] = 64,
     new_tokens: Annotated[int, typer.Option(help="tokens to generate, no fewer and no more")] = 64,
     repeats: Annotated[int, typer.Option(help="timed runs of each")] = 5,
+    device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -307,6 +308,7 @@ def bench(
         source_length=source_length,
         new_tokens=new_tokens,
         repeats=repeats,
+        device=device,
         threads=threads,
     )
     console.result(*measure(artifact, settings, peer=against, source=source, note=console.note))
