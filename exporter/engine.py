@@ -145,6 +145,8 @@ class Engine:
                 plan = builder.build_serialized_network(network, config)
         if monitor.failed is not None:
             raise monitor.failed
+        if plan is None and stopped:  # by a signal whose handler did not raise
+            raise TxoptError(f"building was stopped by {signal.Signals(stopped[0]).name}")
         if plan is None or log.heard:
             raise self._refusal(file, "build", log.heard)
         counted = Counter(layer.type.name for layer in layers)
@@ -196,16 +198,19 @@ class Engine:
         nodes = sorted((name for name in names if name in told), key=len, reverse=True)[:3]
         where = f" (node {', '.join(nodes)})" if nodes else ""
         problems = [line for line in dict.fromkeys(told.splitlines()) if line.strip()][:_MOST_LINES]
+        advice = _advice(told, self.capabilities)
         return UsageError(
             explain(
-                f"{self._library.modules[0]} {self.version} does not {verb} {file.stem}{where}; {_advice(told)}. It says:",
+                f"{self._library.modules[0]} {self.version} does not {verb} {file.stem}{where}; {advice}. It says:",
                 problems or ["nothing"],
             )
         )
 
 
-def _advice(told: str) -> str:
+def _advice(told: str, capabilities: Sequence[str]) -> str:
     """What to try, by what the library says."""
+    if "not supported" in told.lower() and "SM75" in capabilities:
+        return "SM75 has no kernel for this precision: export in fp16, or leave SM75 out"
     if "memory" in told.lower():
         return "make --max-batch, --max-source or --cache-length smaller, or build on a machine with more memory"
     if "Attention" in told:
@@ -268,6 +273,7 @@ def _interruptible() -> Iterator[list[int]]:
         yield stopped
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     try:
         for number in handlers:
             signal.signal(number, lambda number, frame: stopped.append(number))

@@ -5,12 +5,15 @@ chosen by profiles.py, plans built by engine.py. An artifact's graphs, weights a
 files, and the manifest binds them by their hashes.
 """
 
+import errno
+import logging
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,11 @@ from txopt.runtime.files import FOLDER
 from txopt.runtime.graphs import GraphSpec
 from txopt.runtime.manifest import Manifest
 from txopt.runtime.writer import ArtifactWriter
+
+logger = logging.getLogger(__name__)
+
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_GPU = re.compile(r"SM\d{2,3}")
 
 STAGES = ("open", "lower", "build", "write")
 RUNTIME = "tensorrt-rtx"
@@ -102,9 +110,12 @@ def plan(artifact: str | os.PathLike[str], options: Options) -> dict[str, Any]:
     """
     if options.runtime not in LIBRARIES:
         raise UsageError(f"runtime: expected one of {', '.join(LIBRARIES)}, got {options.runtime!r}")
+    options = replace(options, capabilities=tuple(dict.fromkeys(options.capabilities)))
     if not MANNERS[options.runtime].needs_gpu:
         with suppress(MissingDependencyError):
             Engine(options.runtime, options.capabilities, options.switches)
+    elif odd := [name for name in options.capabilities if not _GPU.fullmatch(name)]:
+        raise UsageError(f"capability: expected GPUs such as SM90, got {', '.join(odd)}")
     opened = Artifact.open(artifact)
     sizes = options.sizes(opened.manifest)
     drafts = _drafts(opened, sizes, options)
@@ -145,7 +156,8 @@ def build(
     engine = Engine(options.runtime, options.capabilities, options.switches)
     opened = Artifact.open(artifact)
     sizes = options.sizes(opened.manifest)
-    with ArtifactWriter(opened.path if out is None else out, overwrite=overwrite or out is None) as writer:
+    target = opened.path if out is None else Path(out)
+    with _writing(target), ArtifactWriter(target, overwrite=overwrite or out is None) as writer:
         report("lower")
         drafts = _drafts(opened, sizes, replace(options, capabilities=engine.capabilities))
         with tempfile.TemporaryDirectory(prefix="txopt-") as folder, PlanCache.opened(options.kept) as kept:
@@ -175,12 +187,25 @@ def build(
             cache_length=None if opened.manifest.cache is None else sizes.cache,
             plans={name: draft.plan for name, draft in drafts.items()},
         )
-        others = tuple(one for one in engines_of(opened) if _key(one) != _key(made))
+        others = tuple(one for one in _engines_of(opened) if _key(one) != _key(made))
         _bring(opened, writer, others, linked=out is None)
         (writer.directory / FILE).write_bytes(to_bytes((*others, made)))
-        _check_unchanged(opened, writer)
+        _check_unchanged(opened, writer, {plan.file for plan in made.plans.values()})
         committed = writer.commit(replace(opened.manifest, files={}))
     return Made(artifact=committed, engines=made, builds=builds)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Raises ArtifactError where there is no room for what is written."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in _NO_ROOM:
+            raise
+        raise ArtifactError(
+            f"{target}: engines cannot be written: {err.strerror or err}; they take room there and in {tempfile.gettempdir()}"
+        ) from err
 
 
 def _drafts(artifact: Artifact, sizes: Sizes, options: Options) -> dict[str, Draft]:
@@ -208,6 +233,12 @@ def _lowered(graph: GraphSpec, model: ir.Model, length: int | None) -> GraphSpec
     types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
     logits = [item for item in graph.outputs if item.name == "logits" and length is not None]
     added = choice_specs(logits[0]) if logits else ()
+    unread = {output.name for output in model.graph.outputs if str(output.name).startswith(tensorrt.UNREAD)}
+    added += tuple(
+        replace(item, name=tensorrt.UNREAD + item.name)
+        for item in graph.inputs
+        if tensorrt.UNREAD + item.name in unread
+    )
     inputs, outputs = (
         tuple(
             replace(
@@ -271,13 +302,22 @@ def _bring(artifact: Artifact, writer: ArtifactWriter, others: Sequence[EngineSe
             shutil.copyfile(artifact.file(name), target, follow_symlinks=False)
 
 
-def _check_unchanged(artifact: Artifact, writer: ArtifactWriter) -> None:
+def _engines_of(artifact: Artifact) -> tuple[EngineSet, ...]:
+    """What was built before; none where this version cannot read it, and then all are replaced."""
+    try:
+        return engines_of(artifact)
+    except ArtifactError as err:
+        logger.warning("the artifact's earlier engines cannot be read, and are replaced: %s", err)
+        return ()
+
+
+def _check_unchanged(artifact: Artifact, writer: ArtifactWriter, made: Collection[str]) -> None:
     """That nobody changed the artifact's files while engines were built, for the manifest to be written would vouch for them."""
     staged = writer.staged(replace(artifact.manifest, files={})).manifest.files
     changed = [
         name
         for name, entry in artifact.manifest.files.items()
-        if name in staged and name != FILE and not name.startswith(f"{FOLDER}/") and staged[name] != entry
+        if name in staged and name != FILE and name not in made and staged[name] != entry
     ]
     if changed:
         raise ArtifactError(

@@ -19,6 +19,7 @@ from txopt.exporter.engine import Built
 from txopt.runtime.errors import UsageError
 from txopt.runtime.files import lock, sha256
 from txopt.runtime.strict_json import canonical
+from txopt.runtime.written import is_artifact
 
 _SUFFIX = ".cache"
 
@@ -35,11 +36,18 @@ class PlanCache:
         """The cache, alone in ``directory``, which is made where it is not there.
 
         Raises:
-            UsageError: it cannot be.
+            UsageError: it cannot be, or is inside an artifact.
         """
         if directory is None:
             yield cls(None)
             return
+        place = Path(os.path.realpath(directory))
+        for holder in (place, *place.parents):
+            if is_artifact(holder):
+                raise UsageError(
+                    f"--timing-cache {directory}: is inside the artifact {holder}, which holds the files of its manifest and no "
+                    "others; keep it elsewhere"
+                )
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as err:

@@ -5,6 +5,7 @@ A plan is tuned for its profiles, so a decoder has several: decode steps of one 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any, Self
 
 from txopt.runtime.engines import Lengths, Profile
@@ -21,6 +22,7 @@ _OPTIONS = {"cache": "--cache-length"}  # of ``txopt engine``; the others are na
 # New tokens of a row in a step. Where they can only be one, TensorRT-RTX 1.7 finds no kernel for Attention in half precision with
 # heads of 64; where they may be two it does, and is tuned for one all the same.
 STEP: Lengths = (1, 1, 2)
+_LEAST = {"cache": STEP[-1]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,14 @@ class Sizes:
         sizes = {name: asked.get(name) if asked.get(name) is not None else size for name, size in usual.items()}
         bounds = {"source": most_source, "cache": most_cache, "prompt": sizes["cache"]}
         problems = [
-            f"{_OPTIONS.get(name, f'--max-{name}')}: expected an integer from 1 to {bounds.get(name) or MOST}, got {size!r}"
+            f"{_OPTIONS.get(name, f'--max-{name}')}: expected an integer from {_LEAST.get(name, 1)} to {bounds.get(name) or MOST}, "
+            f"got {size!r}"
             for name, size in sizes.items()
-            if type(size) is not int or not 1 <= size <= (bounds.get(name) or MOST)
+            if type(size) is not int or not _LEAST.get(name, 1) <= size <= (bounds.get(name) or MOST)
         ]
+        rows = prod(size for name, size in sizes.items() if name in ("batch", "beams") and isinstance(size, int))
+        if not problems and rows > MOST:
+            problems.append(f"--max-batch times --max-beams: expected at most {MOST} rows, got {rows}")
         if problems:
             raise UsageError(explain("these sizes are not the model's:", problems))
         return cls(**sizes)  # type: ignore[arg-type]

@@ -26,29 +26,25 @@ before it, or without one after it, is no attention and no refusal.
 """
 
 import math
-from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from txopt.exporter.algebra import product
 from txopt.exporter.bodies import paths
+from txopt.exporter.fusion.attention_chain import Chain, Refusal, input_of
 from txopt.exporter.fusion.attention_path import (
     Step,
     after,
     before,
     changes_nothing,
-    fill_of,
     guards,
-    least,
     shapes_of_fills,
     untransposed,
     zeroes,
 )
-from txopt.exporter.fusion.attention_rewrite import Block, Term, rewrite
+from txopt.exporter.fusion.attention_rewrite import Block, rewrite
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
-from txopt.exporter.shapes import broadcasts, differ, length, number_of, order_of, rank_of
-
-_DROWNING = -1e9  # no score is large enough to show beside it
+from txopt.exporter.shapes import differ, length, number_of, rank_of
 
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
@@ -62,7 +58,7 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     for softmax, above, below in sorted(candidates, key=lambda candidate: place[candidate[2][-1].node]):
         try:
             block = _block(softmax, above, below)
-        except _Refusal as refusal:
+        except Refusal as refusal:
             report.refuse(softmax, str(refusal))
             continue
         if not report.bars(softmax):
@@ -71,119 +67,17 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
     return report
 
 
-class _Refusal(Exception):
-    """Why a Softmax between two MatMuls is left alone; it does not leave this file."""
-
-
-@dataclass
-class _Chain:
-    """What was met on the way from the scores to V; ``rank`` is that of the scores here, ``heads`` the shape that cut them.
-
-    ``order`` says which of their axes each axis is (None: as they are), ``softmaxed`` along which one the Softmax is, from the end.
-    """
-
-    rank: int
-    scale: float = 1.0
-    terms: list[Term] = field(default_factory=list)
-    heads: ir.Value | None = None
-    order: tuple[int, ...] | None = None
-    softmaxed: int | None = None
-
-    def take(self, node: ir.Node, index: int) -> None:
-        """One step before the Softmax; ``index`` says which input the scores are."""
-        if node.op_type in ("Mul", "Div"):
-            self._scale_by(node, index)
-        elif node.op_type in ("Add", "Sub"):
-            if node.op_type == "Sub" and index == 1:
-                raise _Refusal(f"{node.name} subtracts the scores")
-            self._mask_by(Term(_input(node, 1 - index), self.rank, self.order, negative=node.op_type == "Sub"))
-        elif node.op_type == "Where":
-            fill = _fill(node, 3 - index)
-            whole = fill <= least(node.outputs[0].dtype)
-            self._mask_by(Term(_input(node, 0), self.rank, self.order, fill=fill, keeps=index == 1, whole=whole))
-        elif node.op_type == "Max" and len(node.inputs) == 2:
-            _fill(node, 1 - index)
-        elif node.op_type == "Reshape":
-            self.cut(node)
-        elif node.op_type == "Transpose":
-            self.turn(node)
-        elif node.op_type == "Concat":
-            raise _Refusal(
-                f"{node.name} adds to the scores (a sink, or other keys), for which the operator has no input"
-            )
-        elif not changes_nothing(node):
-            raise _Refusal(f"{node.name} changes the scores")
-        if rank_of(node.outputs[0]) not in (None, self.rank):
-            raise _Refusal(f"{node.name} adds axes to the scores")
-        if node.op_type not in ("Reshape", "Transpose") and broadcasts(_input(node, index), node.outputs[0]):
-            raise _Refusal(f"{node.name} broadcasts the scores")
-
-    def turn(self, transpose: ir.Node) -> None:
-        """Axes in another order, in which they may be scaled, and softmaxed along the keys', until they are turned back."""
-        order = order_of(transpose)
-        if order is None or len(order) != self.rank:
-            raise _Refusal(f"{transpose.name} transposes the scores, and their rank is not known")
-        before = self.order or tuple(range(self.rank))
-        now = tuple(before[axis] for axis in order)
-        self.order = None if now == tuple(range(self.rank)) else now
-
-    def softmax(self, axis: int) -> None:
-        order = self.order or tuple(range(self.rank))
-        self.softmaxed = order[axis] - self.rank if -self.rank <= axis < self.rank else None
-
-    def cut(self, reshape: ir.Node) -> None:
-        """[N,Q,K] to [B,H,Q,K] or back."""
-        if self.order is not None:
-            raise _Refusal(f"{reshape.name} cuts scores that were transposed")
-        x, shape, rank = _input(reshape, 0), _input(reshape, 1), rank_of(reshape.outputs[0])
-        cuts, joins = (self.rank, rank) == (3, 4), (self.rank, rank) == (4, 3)
-        if not cuts and not (joins and self.heads is not None):
-            raise _Refusal(f"{reshape.name} neither cuts scores into heads nor joins them again")
-        if differ(x, reshape.outputs[0], -1) or differ(x, reshape.outputs[0], -2):
-            raise _Refusal(f"{reshape.name} changes queries or keys")
-        if cuts and _may_copy_lengths(shape):
-            raise _Refusal(f"{reshape.name} has a shape that may copy lengths")
-        self.rank, self.heads = (4, shape) if cuts else (3, self.heads)
-
-    def zero(self, step: Step) -> None:
-        """A mask that leaves zeros where a row masks everything: as with -inf, whatever it fills with."""
-        mask, keeps = step.node.inputs[0], step.index == 1
-        same = [
-            term.value is mask and term.fill is not None and term.keeps == keeps and term.order == self.order
-            for term in self.terms
-        ]
-        if not any(same):
-            raise _Refusal(f"{step.node.name} changes the probabilities by another mask than the scores'")
-        self.terms = [
-            replace(term, fill=-math.inf, whole=True) if also else term
-            for term, also in zip(self.terms, same, strict=True)
-        ]
-
-    def _scale_by(self, node: ir.Node, index: int) -> None:
-        factor = number_of(_input(node, 1 - index))
-        if not factor or (node.op_type == "Div" and index == 1):
-            raise _Refusal(f"{node.name} scales by what is no constant")
-        if self.terms and factor != 1:
-            raise _Refusal(f"{node.name} scales after the mask")
-        self.scale *= 1 / factor if node.op_type == "Div" else factor
-
-    def _mask_by(self, term: Term) -> None:
-        if rank_of(term.value) is None:
-            raise _Refusal(f"the rank of the mask {term.value.name} is not known")
-        self.terms.append(term)
-
-
 def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
     scores, last = above[0].node, below[-1].node
-    rows, columns, v = _input(scores, 0), _input(scores, 1), _input(last, 1)
+    rows, columns, v = input_of(scores, 0), input_of(scores, 1), input_of(last, 1)
     ranks = rank_of(rows), rank_of(columns), rank_of(v)
     if ranks[0] is None or None in ranks:
-        raise _Refusal("the ranks of Q, K and V are not known")
+        raise Refusal("the ranks of Q, K and V are not known")
     if ranks[0] not in (3, 4, 5) or ranks[0] != ranks[1]:
-        raise _Refusal(f"Q and K have {ranks[0]} and {ranks[1]} axes")
+        raise Refusal(f"Q and K have {ranks[0]} and {ranks[1]} axes")
     chain = _followed(softmax, above, below, ranks[0])
     if chain.rank != ranks[2]:
-        raise _Refusal(f"the probabilities have {chain.rank} axes and V {ranks[2]}")
+        raise Refusal(f"the probabilities have {chain.rank} axes and V {ranks[2]}")
     turned = chain.order is not None
     _check_batches(*((columns, rows) if turned else (rows, columns)), v)
     row, scale_rows = _factor(rows)
@@ -193,11 +87,11 @@ def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
     row, column = _narrow(row, v), _narrow(column, v)
     dtypes = {value.dtype for value in (row, column, v)} - {None}
     if len(dtypes) > 1:
-        raise _Refusal(f"Q, K and V are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+        raise Refusal(f"Q, K and V are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
     scale = chain.scale * scale_rows * scale_columns * scale_column
     if scale <= 0:
-        raise _Refusal(f"the scale {scale:g} is not positive")
-    wide = _input(softmax, 0).dtype == ir.DataType.FLOAT and dtypes.isdisjoint({ir.DataType.FLOAT})
+        raise Refusal(f"the scale {scale:g} is not positive")
+    wide = input_of(softmax, 0).dtype == ir.DataType.FLOAT and dtypes.isdisjoint({ir.DataType.FLOAT})
     return Block(
         name=f"{softmax.name}/Attention",
         rows=row,
@@ -215,14 +109,14 @@ def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
     )
 
 
-def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int) -> _Chain:
+def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int) -> Chain:
     """All steps from the scores to V, each of which nothing but the next one reads."""
-    guard, chain = guards(softmax), _Chain(rank)
+    guard, chain = guards(softmax), Chain(rank)
     beside = guard | {shape for step in above for shape in shapes_of_fills(step)}
     following = [*(step.node for step in above[1:]), softmax, *(step.node for step in below)]
     outside = next((node for node in (above[0].node, *following) if node.graph is not softmax.graph), None)
     if outside is not None:
-        raise _Refusal(f"{outside.name} is in another graph, around or inside a branch or loop")
+        raise Refusal(f"{outside.name} is in another graph, around or inside a branch or loop")
     for step, reader in zip(above, following, strict=False):
         if step.node is not above[0].node:
             chain.take(step.node, step.index)
@@ -233,7 +127,7 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
     axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
     chain.softmax(axis)
     if guard and axis not in (-1, chain.rank - 1):
-        raise _Refusal("it is guarded, and its scores were transposed")
+        raise Refusal("it is guarded, and its scores were transposed")
     _check_alone(softmax, below[0].node, guard)
     for step, reader in zip(below[:-1], following[len(above) + 1 :], strict=True):
         if step.node.op_type == "Reshape":
@@ -241,15 +135,15 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
         elif step.node.op_type == "Transpose":
             chain.turn(step.node)
         elif step.node.op_type == "Slice":
-            raise _Refusal(f"{step.node.name} cuts the probabilities, which then no longer sum to one")
+            raise Refusal(f"{step.node.name} cuts the probabilities, which then no longer sum to one")
         elif step.node not in guard and not changes_nothing(step.node):
-            raise _Refusal(f"{step.node.name} changes the probabilities")
+            raise Refusal(f"{step.node.name} changes the probabilities")
         _check_alone(step.node, reader, set())
     axes = tuple(range(chain.rank))
     if chain.order not in (None, (*axes[:-2], axes[-1], axes[-2])):
-        raise _Refusal("V meets the probabilities transposed")
+        raise Refusal("V meets the probabilities transposed")
     if chain.softmaxed != (-1 if chain.order is None else -2):
-        raise _Refusal(f"its axis is {axis}, not that of the keys")
+        raise Refusal(f"its axis is {axis}, not that of the keys")
     return chain
 
 
@@ -257,23 +151,23 @@ def _check_alone(node: ir.Node, reader: ir.Node, beside: set[ir.Node]) -> None:
     """What ``node`` gives must be read by ``reader``, once, and by nothing else but what is ``beside`` it and goes with it."""
     value = node.outputs[0]
     if value.is_graph_output():
-        raise _Refusal(f"{value.name} is an output of the graph")
+        raise Refusal(f"{value.name} is an output of the graph")
     others = [user for user, _ in value.uses() if user not in beside or user is reader]
     if others != [reader]:
-        raise _Refusal(f"{value.name} is read elsewhere too")
+        raise Refusal(f"{value.name} is read elsewhere too")
 
 
 def _check_batches(q: ir.Value, kt: ir.Value, v: ir.Value) -> None:
     """The operator broadcasts no batches, and heads only where K and V both have one, for all or for each group."""
     same_rank = rank_of(q) == rank_of(v)
     if differ(q, kt, 0) or (same_rank and differ(kt, v, 0)):
-        raise _Refusal("the batches of Q, K and V are not the same")
+        raise Refusal("the batches of Q, K and V are not the same")
     if rank_of(q) == 4 and (differ(kt, v, 1) or (differ(q, kt, 1) and length(kt, 1) != 1)):
-        raise _Refusal("the heads of Q, K and V are not the same")
+        raise Refusal("the heads of Q, K and V are not the same")
     if rank_of(q) == 5 and (
         differ(q, kt, 1) or differ(q, v, 1) or differ(kt, v, 2) or (differ(q, kt, 2) and length(kt, 2) != 1)
     ):
-        raise _Refusal("the groups of Q, K and V are not the same")
+        raise Refusal("the groups of Q, K and V are not the same")
 
 
 def _factor(value: ir.Value) -> tuple[ir.Value, float]:
@@ -286,33 +180,8 @@ def _factor(value: ir.Value) -> tuple[ir.Value, float]:
     return values[0], math.prod([found.constant, *numbers])
 
 
-def _fill(node: ir.Node, index: int) -> float:
-    """The fill at an input of ``node``, beside which no score shows."""
-    fill = fill_of(_input(node, index))
-    if fill is None:
-        raise _Refusal(f"{node.name} fills with what is no constant")
-    if fill > max(_DROWNING, least(node.outputs[0].dtype)):
-        raise _Refusal(f"{node.name} fills with {fill:g}, beside which scores still show")
-    return fill
-
-
 def _narrow(value: ir.Value, like: ir.Value) -> ir.Value:
     """``value`` before it was widened for the scores, if V is of that dtype."""
     node = value.producer()
     inner = node.inputs[0] if node is not None and node.op_type == "Cast" and value.dtype != like.dtype else None
     return inner if inner is not None and inner.dtype == like.dtype else value
-
-
-def _may_copy_lengths(shape: ir.Value) -> bool:
-    """Whether a Reshape's shape holds a zero; one that is put together of lengths does not."""
-    node = shape.producer()
-    parts = [shape] if shape.const_value is not None else list(node.inputs) if node is not None else [None]
-    constants = [part.const_value.numpy() for part in parts if part is not None and part.const_value is not None]
-    return any(0 in constant for constant in constants)
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    if value is None:
-        raise _Refusal(f"{node.name} lacks an input")
-    return value

@@ -5,6 +5,7 @@
 2. Where weights lie in bfloat16 and are widened, which is all that a CPU can do with them, the graph computes in bfloat16.
 3. The self-attention buffers get their length: TensorRT updates a cache in place only where it is known.
 4. A decoder also gives what a search reads of the last token's logits (choice.py).
+5. Inputs that the graph does not read (an encoder's mask that is the decoder's) are given back as they came, or the parser drops them.
 
 The rest TensorRT takes as it is: Attention on [B,L,H*D] and by head, explicit masks, norms that sum in float32, pairs of
 QuantizeLinear and DequantizeLinear, float32 islands between Casts. Where it has no kernel for Attention (float32, odd head sizes), the
@@ -24,6 +25,7 @@ from txopt.runtime.errors import UsageError, explain
 _UNTYPED = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
 _SIGNED = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN)
 _MOST_PROBLEMS = 8
+UNREAD = "unread/"  # before the name of an output that is an input which nothing reads
 
 
 def lower(model: ir.Model, *, cache_length: int | None = None) -> ir.Model:
@@ -45,7 +47,18 @@ def lower(model: ir.Model, *, cache_length: int | None = None) -> ir.Model:
     if cache_length is not None:
         fix_length(lowered, "S", cache_length)
         add_choice(lowered)
+    _read_all(lowered.graph)
     return lowered
+
+
+def _read_all(graph: ir.Graph) -> None:
+    for value in graph.inputs:
+        if not value.uses():
+            node = ir.node("Identity", [value], name=f"{UNREAD}{value.name}")
+            output = node.outputs[0]
+            output.name, output.shape, output.type = f"{UNREAD}{value.name}", value.shape, value.type
+            graph.append(node)
+            graph.outputs.append(output)
 
 
 def check(model: ir.Model) -> None:

@@ -21,7 +21,7 @@ FOUND: Mapping[str, tuple[str, int | None]] = {
 def fitting(sets: tuple[EngineSet, ...], versions: Mapping[str, str], capability: str) -> EngineSet:
     """The set for one of the installed libraries, ``versions`` by name, and a GPU of this ``capability``, such as "SM89".
 
-    What was built for exactly these comes before what merely runs on them.
+    What was built for exactly these comes before what merely runs on them, and what was built later before what was built earlier.
 
     Errors:
         UsageError: none was built for the GPU. StaleError: one was, by another version of the library.
@@ -46,7 +46,10 @@ def fitting(sets: tuple[EngineSet, ...], versions: Mapping[str, str], capability
                 (_described(one) for one in able),
             )
         )
-    return min(current, key=lambda one: (capability not in one.capabilities, one.version != versions[one.runtime]))
+    # Of several that are alike the last, which was built last.
+    return min(
+        reversed(current), key=lambda one: (capability not in one.capabilities, one.version != versions[one.runtime])
+    )
 
 
 def contract_problems(name: str, graph: GraphSpec, plan: Plan, cache_length: int | None) -> Iterator[str]:

@@ -5,8 +5,6 @@ after Ctrl-C and SIGTERM.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +27,8 @@ from txopt.options import (
     Threads,
     Verbose,
 )
-from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError
+from txopt.runtime.errors import TxoptError, UsageError
+from txopt.surroundings import needs_exporter, without_network_noise
 
 app = typer.Typer(
     name="txopt",
@@ -69,7 +68,7 @@ def export(
 ) -> None:
     """Trace, fuse and verify a model into an artifact."""
     console = console_for(quiet, verbose, as_json)
-    _without_network_noise()
+    without_network_noise()
     with needs_exporter():
         from txopt.exporter import huggingface, pipeline  # noqa: F401 - it brings transformers
     with console.stages(pipeline.stages(precision, calibrated=calibration is not None)) as progress:
@@ -172,7 +171,7 @@ def verify(
     if against is None:
         report = replay(artifact, device=device, threads=threads)
     else:
-        _without_network_noise()
+        without_network_noise()
         with needs_exporter():
             from txopt.exporter import huggingface  # noqa: F401 - it brings transformers
             from txopt.exporter.pipeline import record_and_replay
@@ -380,23 +379,6 @@ def _with_page(result: tuple[dict[str, Any], str], page: Path | None) -> tuple[d
 
 def _print_piece(piece: str) -> None:
     print(piece, end="", flush=True)
-
-
-@contextmanager
-def needs_exporter() -> Iterator[None]:
-    """Raises MissingDependencyError where a package of the export extra is not installed."""
-    try:
-        yield
-    except ModuleNotFoundError as err:
-        raise MissingDependencyError(f'this command needs {err.name}: pip install "txopt[export]"') from err
-
-
-def _without_network_noise() -> None:
-    """transformers draws progress bars of its own and warns about optional packages: neither is the user's business here."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

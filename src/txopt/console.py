@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from txopt.runtime.errors import TxoptError
@@ -35,7 +35,7 @@ class Console:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            _say(text)
 
     @contextmanager
     def stages(self, names: tuple[str, ...]) -> Iterator[Report]:
@@ -100,11 +100,15 @@ def _lines(names: tuple[str, ...]) -> Report:
         else:
             began = now
         said = now
-        print(
-            f"[{names.index(stage) + 1}/{len(names)}] {stage}{left} ({now - start:.0f} s)", file=sys.stderr, flush=True
-        )
+        _say(f"[{names.index(stage) + 1}/{len(names)}] {stage}{left} ({now - start:.0f} s)")
 
     return line
+
+
+def _say(text: str) -> None:
+    """On stderr. Where nobody reads it any more, work goes on all the same: its result is what was asked for."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:

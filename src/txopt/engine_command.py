@@ -48,8 +48,9 @@ def engine(
     verbose: Verbose = False,
 ) -> None:
     """Build TensorRT engines for an artifact; tensorrt-rtx does it on a machine without a GPU."""
-    from txopt.cli import console_for, needs_exporter
+    from txopt.cli import console_for
     from txopt.summary import of_engines, of_planned
+    from txopt.surroundings import needs_exporter
 
     console: Any = console_for(quiet, verbose, as_json)
     with needs_exporter():

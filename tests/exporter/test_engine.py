@@ -244,8 +244,10 @@ def test_files_that_change_during_a_build_are_not_vouched_for(
         ({"capabilities": ()}, "capability: expected GPUs among SM75, .*, got none"),
         ({"capabilities": ("SM90",)}, "got SM90"),
         ({"runtime": "cuda"}, "runtime: expected one of tensorrt, tensorrt-rtx, got 'cuda'"),
-        ({"cache": 81}, "--cache-length: expected an integer from 1 to 80, got 81"),
+        ({"cache": 81}, "--cache-length: expected an integer from 2 to 80, got 81"),
         ({"source": 81}, "--max-source: expected an integer from 1 to 80, got 81"),
+        ({"cache": 1}, "--cache-length: expected an integer from 2 to 80, got 1"),
+        ({"batch": 1024, "beams": 1025}, "--max-batch times --max-beams: expected at most 1048576 rows, got 1049600"),
         ({"prompt": 25}, "--max-prompt: expected an integer from 1 to 24, got 25"),
         (
             {"batch": 0, "beams": -1},

@@ -21,7 +21,6 @@ from txopt.exporter.quantize import Options, quantize_artifact
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import ArtifactError, InputError, LossError, ParityError, TxoptError, UsageError
 from txopt.runtime.model import Model
-from txopt.runtime.pipeline import Pipeline
 from txopt.runtime.writer import ArtifactWriter
 from txopt.summary import of_artifact, of_parity
 
@@ -335,48 +334,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[TxoptError], str]] = {
 def test_options_and_data_that_do_not_fit_are_refused(what: str, g2p: Artifact, words: Path, place: Path) -> None:
     given, error, said = OPTIONS[what]
     refused(error, said, g2p.path, place, Options(**{"calibration": words, **given}))
-
-
-def test_where_some_references_are_missing_the_others_judge(
-    g2p: Artifact, words: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    given = tmp_path / "words.csv"
-    given.write_text(words.read_text("utf-8").replace("K AE1 T\n", "W R AO1 NG\n") + "zebra,\n", "utf-8")
-    made = quantize_artifact(g2p.path, tmp_path / "out", Options(calibration=given))
-    assert made.manifest.calibration is not None
-    loss = made.manifest.calibration["loss"]
-    assert (loss["data"]["references"], loss["data"]["samples"]) == ("data", len(WORDS))
-    assert loss["baseline"]["figure"]["value"] < 100
-    assert "1 of 7 samples have no reference: chrf is measured on the 6 that have one" in caplog.text
-
-
-def test_labels_in_arrays_are_references(g2p: Artifact, tmp_path: Path) -> None:
-    spoken = Model(g2p)
-    feeds, _ = Pipeline(spoken).prepare(list(WORDS))
-    said = spoken.generate(**feeds).sequences[:, 1:]
-    right = tmp_path / "right.npz"
-    np.savez(right, **feeds, labels=said)
-    wrong = tmp_path / "wrong.npz"
-    np.savez(wrong, **feeds, labels=np.roll(said, 1, axis=0))
-    figures = []
-    for number, data in enumerate((right, wrong)):
-        made = quantize_artifact(g2p.path, tmp_path / f"out{number}", Options(calibration=data, metric="exact-match"))
-        assert made.manifest.calibration is not None
-        loss = made.manifest.calibration["loss"]
-        assert loss["data"]["references"] == "data"
-        figures.append(loss["baseline"]["figure"]["value"])
-    assert figures == [100, 0]
-
-
-def test_ranges_are_not_kept_inside_of_what_is_made(g2p: Artifact, words: Path, place: Path) -> None:
-    inside = place / "new" / "out" / "ranges.json"
-    refused(
-        UsageError,
-        "is inside the artifact",
-        g2p.path,
-        place,
-        Options(calibration=words, scheme="static", ranges=inside),
-    )
 
 
 def test_files_of_another_modality_are_refused(g2p: Artifact, place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""Builds of engines in odd company: caches, signals, other engines and unread inputs; what was there stays as it was."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from tests.exporter.test_engine import SMALL, Make, built  # noqa: F401 - a fixture
+from tests.runtime.artifacts import tree
+from txopt.exporter import engine, engines
+from txopt.exporter.engine import Engine
+from txopt.exporter.lowering import tensorrt
+from txopt.runtime.artifact import Artifact
+from txopt.runtime.backends.fitting import fitting
+from txopt.runtime.engines import FILE, engines_of
+from txopt.runtime.errors import ArtifactError, TxoptError, UsageError
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="the extra test brings TensorRT-RTX for Linux on x86-64")
+pytestmark = [pytest.mark.slow, pytest.mark.tensorrt]
+
+Place = Callable[[Path], Path]
+
+
+@pytest.mark.parametrize("place", [lambda path: path, lambda path: path / "engines"], ids=["itself", "a folder of it"])
+def test_plans_are_not_kept_inside_an_artifact(place: Place, artifacts: Make, tmp_path: Path) -> None:
+    shutil.copytree(artifacts("bart").path, tmp_path / "artifact")
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match=r"--timing-cache .* is inside the artifact"):
+        engines.build(tmp_path / "artifact", None, replace(SMALL, kept=place(tmp_path / "artifact")))
+    assert tree(tmp_path) == before
+
+
+def test_a_plan_of_others_that_changes_during_a_build_is_not_vouched_for(
+    built: Artifact,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(built.path, tmp_path / "artifact")
+    plan = engines_of(built)[0].plans["decoder"].file
+
+    def build(*_: Any, **__: Any) -> tuple[engine.Built, None]:
+        with (tmp_path / "artifact" / plan).open("ab") as file:
+            file.write(b"more")
+        return engine.Built(plan=b"plan", layers={}, float_casts=0, apart=0), None
+
+    monkeypatch.setattr(Engine, "build", build)
+    with pytest.raises(ArtifactError, match=r"changed while engines were built(?s:.*)decoder\.plan"):
+        engines.build(tmp_path / "artifact", None, replace(SMALL, capabilities=("SM120",)))
+
+
+def test_engines_that_this_version_cannot_read_are_replaced(
+    built: Artifact,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unread(artifact: Artifact) -> Any:
+        raise ArtifactError("of a later version")
+
+    shutil.copytree(built.path, tmp_path / "artifact")
+    monkeypatch.setattr(engines, "engines_of", unread)
+    engines.build(tmp_path / "artifact", None, replace(SMALL, capabilities=("SM80",)))
+    assert [one.capabilities for one in engines_of(Artifact.open(tmp_path / "artifact"))] == [("SM80",)]
+    assert "cannot be read, and are replaced: of a later version" in caplog.text
+
+
+def test_of_two_sets_for_a_gpu_the_later_one_serves(built: Artifact) -> None:  # noqa: F811
+    (first,) = engines_of(built)
+    later = replace(first, capabilities=("SM89", "SM120"))
+    assert fitting((first, later), {first.runtime: first.version}, "SM89") is later
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stops_nothing(ignored: signal.Signals, artifacts: Make, tmp_path: Path) -> None:
+    sent = []
+
+    def progress(stage: str, done: int = 0, total: int = 0) -> None:
+        if stage == "build" and total and not sent:
+            sent.append(signal.raise_signal(ignored))
+
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        made = engines.build(artifacts("bart").path, tmp_path / "out", SMALL, progress=progress)
+    finally:
+        signal.signal(ignored, before)
+    assert sent
+    assert made.artifact.file(FILE).exists()
+
+
+def test_a_signal_that_somebody_else_hears_is_not_the_models_fault(artifacts: Make, tmp_path: Path) -> None:
+    heard: list[int] = []
+
+    def progress(stage: str, done: int = 0, total: int = 0) -> None:
+        if stage == "build" and total and not heard:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(TxoptError, match="building was stopped by SIGINT"):
+            engines.build(artifacts("bart").path, tmp_path / "out", SMALL, progress=progress)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_room_is_told_with_the_place(artifacts: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Engine, "build", build)
+    with pytest.raises(ArtifactError, match="out: engines cannot be written: No space left on device"):
+        engines.build(artifacts("bart").path, tmp_path / "out", SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_knows_the_gpus(artifacts: Make) -> None:
+    path = artifacts("bart").path
+    with pytest.raises(UsageError, match=r"capability: expected GPUs among SM75, .*, got SM90"):
+        engines.plan(path, replace(SMALL, capabilities=("SM90",)))
+    with pytest.raises(UsageError, match="capability: expected GPUs such as SM90, got bogus"):
+        engines.plan(path, replace(SMALL, runtime="tensorrt", capabilities=("SM90", "bogus")))
+    assert engines.plan(path, replace(SMALL, capabilities=("SM89", "SM89")))["capabilities"] == ["SM89"]
+
+
+def test_an_input_that_nothing_reads_is_given_back(artifacts: Make, tmp_path: Path) -> None:
+    """An encoder of several memories takes masks that only its decoder reads."""
+    artifact = artifacts("bart")
+    model = ir.load(artifact.file("encoder.onnx"))
+    given = ir.Value(name="unasked", shape=ir.Shape(["B", "T"]), type=ir.TensorType(ir.DataType.INT64))
+    model.graph.inputs.append(given)
+    lowered = tensorrt.lower(model)
+    assert [value.name for value in lowered.graph.outputs][-1] == "unread/unasked"
+    assert [node.op_type for node in lowered.graph][-1] == "Identity"
