@@ -46,7 +46,8 @@ RULES = {
     "src/txopt/__init__.py": rule("", ANY_OF_OURS),
     "src/optimum": rule("optimum.commands", "txopt.cli"),
     "src/txopt": rule(
-        "txopt.runtime.errors txopt.options txopt.engine_command typer rich click", f"{ANY_OF_OURS} {FRONT} numpy torch"
+        "txopt.runtime.errors txopt.options txopt.engine_command txopt.surroundings typer rich click",
+        f"{ANY_OF_OURS} {FRONT} numpy torch",
     ),
     "src/txopt/summary.py": rule("txopt.runtime"),
     "src/txopt/page": rule("txopt.runtime txopt.page txopt.summary", "jinja2"),

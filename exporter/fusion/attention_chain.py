@@ -78,7 +78,8 @@ class Chain:
 
     def cut(self, reshape: ir.Node) -> None:
         """[N,Q,K] to [B,H,Q,K] or back."""
-        if self.order is not None:
+        turned = self.order is not None
+        if turned and self.order != _turned(self.rank):
             raise Refusal(f"{reshape.name} cuts scores that were transposed")
         x, shape, rank = input_of(reshape, 0), input_of(reshape, 1), rank_of(reshape.outputs[0])
         cuts, joins = (self.rank, rank) == (3, 4), (self.rank, rank) == (4, 3)
@@ -89,6 +90,7 @@ class Chain:
         if cuts and _may_copy_lengths(shape):
             raise Refusal(f"{reshape.name} has a shape that may copy lengths")
         self.rank, self.heads = (4, shape) if cuts else (3, self.heads)
+        self.order = _turned(self.rank) if turned else None
 
     def zero(self, step: Step) -> None:
         """A mask that leaves zeros where a row masks everything: as with -inf, whatever it fills with."""
@@ -116,6 +118,11 @@ class Chain:
         if rank_of(term.value) is None:
             raise Refusal(f"the rank of the mask {term.value.name} is not known")
         self.terms.append(term)
+
+
+def _turned(rank: int) -> tuple[int, ...]:
+    """The order of axes in which the last two are exchanged."""
+    return (*range(rank - 2), rank - 1, rank - 2)
 
 
 def _fill(node: ir.Node, index: int) -> float:

@@ -129,9 +129,9 @@ BROKEN = "decoder.block.1.layer.0.layer_norm/"
 
 @pytest.fixture
 def wrong_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(norm: Any) -> None:
+    def broken(norm: Any, name: str) -> None:
         wrong = (norm.last.name or "").startswith(BROKEN)
-        rewrite(type(norm)(**{**vars(norm), "epsilon": 0.5}) if wrong else norm)
+        rewrite(type(norm)(**{**vars(norm), "epsilon": 0.5}) if wrong else norm, name)
 
     rewrite = rms_norm._rewrite
     monkeypatch.setattr(rms_norm, "_rewrite", broken)

@@ -29,6 +29,12 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         1,
         {"Transpose": 1},
     ),
+    "turned scores cut into heads and joined": (
+        S3 + "a = Transpose<perm=[0,2,1]>(s) h = Reshape(a, turned_heads) m = Add(h, turned) p = Softmax<axis=2>(m) "
+        "j = Reshape(p, turned_joined) o = Transpose<perm=[0,2,1]>(j) y = MatMul(o, v3)",
+        1,
+        {"Concat": 4, "Reshape": 4, "Shape": 5, "Slice": 3, "Transpose": 1},
+    ),
     "keys by queries": (KQ + TURNED.format("s"), 1, {}),
     "keys by queries, scaled and turned before the Softmax": (
         KQ + "m = Mul(s, half) o = Transpose<perm=[0,1,3,2]>(m) " + P.format("o"),
@@ -71,10 +77,9 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
 
 # nodes that are almost an attention, and the reason that must be given
 NEAR_MISSES: dict[str, tuple[str, str]] = {
-    "turned scores cut": (
-        S3
-        + "a = Transpose<perm=[0,2,1]>(s) h = Reshape(a, turned_heads) p = Softmax<axis=2>(h) j = Reshape(p, turned_joined) "
-        "o = Transpose<perm=[0,2,1]>(j) y = MatMul(o, v3)",
+    "scores in another order cut": (
+        S3 + "a = Transpose<perm=[1,0,2]>(s) h = Reshape(a, turned_heads) p = Softmax(h) j = Reshape(p, turned_joined) "
+        "o = Transpose<perm=[1,0,2]>(j) y = MatMul(o, v3)",
         "cuts scores that were transposed",
     ),
     "keys by queries, along the queries": (
