@@ -9,6 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
+from txopt.calibration.quantize import constant
+
 # Constants up to this many elements are folded into new ones; weights are larger, and stay the tensors the checkpoint has.
 FOLD_LIMIT = 1024
 
@@ -57,11 +59,7 @@ def _keep_near_numbers(graph: ir.Graph) -> None:
 
 def _with_an_axis(graph: ir.Graph, number: ir.TensorProtocol) -> ir.Value:
     name = f"numbers/{number.dtype.name.lower()}_{float(number.numpy())!r}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(number.numpy().reshape(1), dtype=number.dtype, name=name)
-        kind = ir.TensorType(number.dtype)
-        graph.initializers[name] = ir.Value(name=name, shape=ir.Shape([1]), type=kind, const_value=tensor)
-    return graph.initializers[name]
+    return constant(graph, name, ir.tensor(number.numpy().reshape(1), dtype=number.dtype))
 
 
 def remove_identities(graph: ir.Graph) -> None:
@@ -100,12 +98,7 @@ def count(model: ir.Model) -> dict[str, int]:
 
 def integers(graph: ir.Graph, numbers: Sequence[int]) -> ir.Value:
     """The int64 constant ``numbers`` [len(numbers)] as an initializer of ``graph``, made once."""
-    name = "integers/" + "_".join(map(str, numbers))
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        shape, dtype = ir.Shape([len(numbers)]), ir.TensorType(ir.DataType.INT64)
-        graph.initializers[name] = ir.Value(name=name, shape=shape, type=dtype, const_value=tensor)
-    return graph.initializers[name]
+    return constant(graph, "integers/" + "_".join(map(str, numbers)), ir.tensor(np.array(numbers, np.int64)))
 
 
 def reshaped(weight: ir.Value, shape: Sequence[int]) -> ir.Value:
@@ -114,18 +107,14 @@ def reshaped(weight: ir.Value, shape: Sequence[int]) -> ir.Value:
     assert tensor is not None, "an initializer has a value"
     assert graph is not None, "and a graph"
     name = f"{weight.name}.{'x'.join(map(str, shape))}"
-    if name not in graph.initializers:
-        lazy = ir.LazyTensor(
-            lambda: ir.Tensor(tensor.numpy().reshape(shape), dtype=tensor.dtype, name=name),
-            dtype=tensor.dtype,
-            shape=ir.Shape(shape),
-            name=name,
-            cache=False,
-        )
-        graph.initializers[name] = ir.Value(
-            name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=lazy
-        )
-    return graph.initializers[name]
+    lazy = ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy().reshape(shape), dtype=tensor.dtype, name=name),
+        dtype=tensor.dtype,
+        shape=ir.Shape(shape),
+        name=name,
+        cache=False,
+    )
+    return constant(graph, name, lazy)
 
 
 def transpose_weights(model: ir.Model) -> None:

@@ -321,22 +321,21 @@ def _invariance(model: Model, cases: Sequence[Case]) -> dict[str, float]:
 
 
 def _batched(model: Model, case: Case, name: str) -> float:
-    """A case alone against itself between two others of its lengths: what it holds itself, the other way round."""
+    """A case alone against itself between two others of its lengths, which hold other numbers of its own."""
     alone = answers(model, case)[name]
-    start, rest = case.tokens[:, :1], case.tokens[:, 1:]
     between = Case(
         name="between",
-        inputs={
-            key: _between(value, np.flip(value, tuple(range(1, value.ndim)))) for key, value in case.inputs.items()
-        },
-        tokens=_between(case.tokens, np.concatenate([start, np.flip(rest, 1)], axis=1)),
+        inputs={key: _between(value) for key, value in case.inputs.items()},
+        tokens=_between(case.tokens),
         schedule=case.schedule,
     )
     rows = len(alone)
     return float(np.abs(answers(model, between)[name][rows : 2 * rows] - alone).max())
 
 
-def _between(own: Array, other: Array) -> Array:
+def _between(own: Array) -> Array:
+    """``own`` between two of its first half, every place of the last axis twice: no mere reordering, which a mean would not show."""
+    other = own[..., np.arange(own.shape[-1]) // 2] if own.ndim > 1 else own
     return np.concatenate([other, own, other])
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from txopt.calibration.quantize import constant
 from txopt.exporter.fusion.attention_path import least
 from txopt.exporter.fusion.replace import replace as replace_by
 from txopt.exporter.graph import integers
@@ -113,13 +114,8 @@ class Nodes:
 
     def number(self, number: float, dtype: ir.DataType) -> ir.Value:
         """A scalar initializer, made once."""
-        name = f"attention/{dtype.name.lower()}_{number:g}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(np.array(number, np.float64).astype(dtype.numpy()), name=name)
-            self.graph.initializers[name] = ir.Value(
-                name=name, shape=ir.Shape([]), type=ir.TensorType(dtype), const_value=tensor
-            )
-        return self.graph.initializers[name]
+        tensor = ir.tensor(np.array(number, np.float64).astype(dtype.numpy()))
+        return constant(self.graph, f"attention/{dtype.name.lower()}_{number:g}", tensor)
 
 
 def _by_head(new: Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from txopt.calibration.quantize import constant
 from txopt.exporter.fusion.attention_rewrite import Nodes
 from txopt.exporter.graph import integers
 
@@ -76,13 +77,9 @@ def _slice(new: Nodes, value: ir.Value, axis: int, start: int, end: int) -> ir.V
 
 def _band(graph: ir.Graph, half: int, dtype: ir.DataType) -> ir.Value:
     """[w,3w]: zeros where token x of a block sees token y - w, at most w before or behind it, and -inf elsewhere; made once."""
-    name = f"windows/{dtype.name.lower()}_{half}"
-    if name not in graph.initializers:
-        ahead = np.arange(3 * half) - half - np.arange(half)[:, None]
-        tensor = ir.tensor(np.where(np.abs(ahead) <= half, 0, -np.inf).astype(dtype.numpy()), name=name)
-        shape, kind = ir.Shape([half, 3 * half]), ir.TensorType(dtype)
-        graph.initializers[name] = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
-    return graph.initializers[name]
+    ahead = np.arange(3 * half) - half - np.arange(half)[:, None]
+    tensor = ir.tensor(np.where(np.abs(ahead) <= half, 0, -np.inf).astype(dtype.numpy()))
+    return constant(graph, f"windows/{dtype.name.lower()}_{half}", tensor)
 
 
 def _by_head(new: Nodes, window: Window, mask: ir.Value) -> ir.Value:

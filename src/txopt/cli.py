@@ -355,9 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("terminated; nothing was left half written", file=sys.stderr)
         sys.exit(_TERMINATED)
     except SystemExit as done:
-        if (
-            type(sys.stdout).__name__ == "PacifyFlushWrapper"
-        ):  # typer puts it there when nobody reads on, and ends with 1
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # typer's, when nobody reads on; it ends with 1 then
             sys.exit(0)
         if done.code == _INTERRUPTED:  # typer makes it of Ctrl-C, and says nothing
             print("interrupted; nothing was left half written", file=sys.stderr)

@@ -12,12 +12,13 @@ import pytest
 
 from tests.exporter.test_engine import SMALL, Make, built  # noqa: F401 - a fixture
 from tests.runtime.artifacts import tree
-from txopt.exporter import engine, engines
-from txopt.exporter.engine import Engine
+from txopt.benchmarks.engine_graphs import graphs
+from txopt.exporter import engine, engines, weights
+from txopt.exporter.engine import Engine, Switches
 from txopt.exporter.lowering import tensorrt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.fitting import fitting
-from txopt.runtime.engines import FILE, engines_of
+from txopt.runtime.engines import FILE, Profile, engines_of
 from txopt.runtime.errors import ArtifactError, TxoptError, UsageError
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="the extra test brings TensorRT-RTX for Linux on x86-64")
@@ -136,4 +137,23 @@ def test_an_input_that_nothing_reads_is_given_back(artifacts: Make, tmp_path: Pa
     model.graph.inputs.append(given)
     lowered = tensorrt.lower(model)
     assert [value.name for value in lowered.graph.outputs][-1] == "unread/unasked"
-    assert [node.op_type for node in lowered.graph][-1] == "Identity"
+    weights.write({"encoder": lowered}, tmp_path)
+    profile = Profile(name="encode", axes={"B": (1, 2, 2), "T": (1, 8, 16)})
+    made, _ = Engine("tensorrt-rtx", ("SM89",), Switches()).build(
+        tmp_path / "encoder.onnx", [profile], lambda done, total: None
+    )
+    assert made.plan
+
+
+@pytest.mark.parametrize(("precision", "builds"), [("fp16", True), ("fp32", False)])
+def test_turing_builds_half_precision_alone(precision: str, builds: bool, artifacts: Make, tmp_path: Path) -> None:
+    artifact = artifacts("bart")
+    lowered = tensorrt.lower(graphs(artifact, precision)["encoder"])
+    weights.write({"encoder": lowered}, tmp_path)
+    profile = Profile(name="encode", axes={"B": (1, 2, 2), "T": (1, 8, 16)})
+    turing = Engine("tensorrt-rtx", ("SM75",), Switches())
+    if builds:
+        assert turing.build(tmp_path / "encoder.onnx", [profile], lambda done, total: None)[0].plan
+    else:
+        with pytest.raises(UsageError, match="SM75 has no kernel for this precision"):
+            turing.build(tmp_path / "encoder.onnx", [profile], lambda done, total: None)

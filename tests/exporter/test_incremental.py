@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.exporter.cacheless import BAD, GOOD, Learned, Relative
-from txopt.exporter.pipeline import export
+from txopt.exporter.pipeline import MOST_MOVED, export
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
 
@@ -41,6 +42,21 @@ def check_greedy(module: Any, model: Model) -> None:
             logits[:, 2] = -torch.inf
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     np.testing.assert_array_equal(got, ids.numpy())
+
+
+class MeanOfTheBatch(Learned):
+    """An encoder whose rows hear each other: copies of a row would not show it, for they have its own mean."""
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        memory = super().encode(input_ids, attention_mask)
+        return 10 * (memory - memory.mean((0, 1), keepdim=True))
+
+
+def test_rows_that_hear_each_other_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    artifact = export(MeanOfTheBatch().eval(), tmp_path / "out")
+    assert artifact.manifest.parity["invariance"]["batch"] > MOST_MOVED
+    assert "what a row says depends on its batch" in caplog.text
 
 
 @pytest.mark.parametrize("kind", BAD, ids=lambda kind: kind.__name__)
