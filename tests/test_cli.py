@@ -23,7 +23,8 @@ from txopt.runtime.cases import FILE as CASES
 TXOPT = str(Path(sys.executable).with_name("txopt"))
 SOURCE = "txopt.examples.g2p.model:factory"
 CLIP = Path(__file__).parent / "data/speech/sense_and_sensibility_01_austen_64kb-0880.wav"
-LONGEST = 0.7  # seconds from the shell's call to the answer, for one word
+LIBRARIES = "import numpy, onnxruntime, rich.console, typer"  # what every run loads, whoever calls
+SHARE = 4  # of the processor seconds that loading them takes: how long a word may be on its way
 
 
 def txopt(*arguments: object, stdin: str = "", cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
@@ -353,16 +354,24 @@ def test_0_somebody_who_reads_no_further_is_no_error(g2p: Artifact) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_word_is_said_in_no_time(g2p: Artifact) -> None:
-    """Start of the process, check of all hashes and the answer, best of five; benchmarks/main_road.py has the wall clock.
-
-    Processor seconds, which a busy machine does not change much; on an idle one the wall clock shows about the same.
-    """
+def processor_seconds(call: Callable[[], "subprocess.CompletedProcess[str]"]) -> float:
+    """Of the processes that the call starts, the least of five: a busy machine does not change that much."""
     seconds = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = txopt("run", g2p.path, "--text", "transformer", "--threads", "1")
+        assert call().returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0
-    assert min(seconds) < LONGEST
+    return min(seconds)
+
+
+def test_a_word_is_said_in_no_time(g2p: Artifact) -> None:
+    """Start of the process, check of all hashes and the answer, on the scale of the machine that runs this.
+
+    benchmarks/main_road.py has the seconds on the wall.
+    """
+    loading = processor_seconds(
+        lambda: subprocess.run([sys.executable, "-c", LIBRARIES], capture_output=True, text=True, check=False)
+    )
+    said = processor_seconds(lambda: txopt("run", g2p.path, "--text", "transformer", "--threads", "1"))
+    assert said < SHARE * loading
