@@ -3,7 +3,8 @@
     machine    the GPU, its driver, the libraries, the day, and the bandwidth of its memory (a copy of one GiB, read and written)
     parity     small models of every main family in float16: the recorded cases, replayed on the device by each engine
     speed      T5-base, BART-large and Whisper-large-v3-turbo by size, float16, 64 tokens, batch 1, 8 and 64: tokens a second of
-               PyTorch eager, PyTorch compiled, ONNX Runtime and TensorRT, in turn; and what share of the bandwidth a step reaches
+               PyTorch eager, PyTorch compiled, ONNX Runtime with and without CUDA graphs, and TensorRT, in turn; and what share of
+               the bandwidth a step reaches
     roads      what those said that did not run
 
 Nothing is downloaded. Each piece is written as soon as it is known, and what no time was left for is listed as not measured.
@@ -29,7 +30,7 @@ import numpy as np
 from txopt.benchmarks import gpu_models, gpu_roads
 from txopt.benchmarks.gpu_bytes import step_bytes
 from txopt.benchmarks.gpu_models import FAMILIES, Subject
-from txopt.benchmarks.gpu_roads import COMPILED, EAGER, ORT, ROADS, TENSORRT, Generate
+from txopt.benchmarks.gpu_roads import COMPILED, EAGER, ORT, ORT_GRAPHS, ROADS, TENSORRT, Generate
 from txopt.benchmarks.inputs import draw
 from txopt.benchmarks.timing import Timing, in_turn, ratio
 from txopt.runtime.artifact import Artifact
@@ -97,16 +98,22 @@ class Bench:
         from txopt.exporter.pipeline import export
 
         found: dict[str, Any] = {}
-        for road, target in ((ORT, self.device), (TENSORRT, "tensorrt")):
-            if road == TENSORRT and self.rehearse:
-                self.problems[TENSORRT] = "a rehearsal builds no engines"
+        artifacts = {target: self.work / f"{name}-{target}" for target in (self.device, "tensorrt")}
+        for road, target, device in (
+            (ORT, self.device, self.device),
+            (ORT_GRAPHS, self.device, "cuda-graphs"),
+            (TENSORRT, "tensorrt", "tensorrt"),
+        ):
+            if road != ORT and self.rehearse:
+                self.problems[road] = "a rehearsal has no GPU"
                 continue
-            out = self.work / f"{name}-{target}"
             try:
-                export(gpu_models.small(name), out, target=target, precision="fp32" if self.rehearse else "fp16")
+                if not artifacts[target].exists():
+                    precision = "fp32" if self.rehearse else "fp16"
+                    export(gpu_models.small(name), artifacts[target], target=target, precision=precision)
                 if road == TENSORRT:
-                    gpu_roads.build_engines(out, self.runtime, self.capability, {"cache-length": 64})
-                report = gpu_roads.verified(out, self.device if road == ORT else "tensorrt")
+                    gpu_roads.build_engines(artifacts[target], self.runtime, self.capability, {"cache-length": 64})
+                report = gpu_roads.verified(artifacts[target], device)
                 found[road] = {"largest_error": max(report["errors"].values()), "tolerance": report["tolerance"]}
             except TxoptError as err:
                 found[road] = {"problem": str(err)}
@@ -141,6 +148,7 @@ class Bench:
 
         opened: dict[str, Generate] = {ORT: gpu_roads.txopt_road(artifact.path, self.device)}
         if not self.rehearse:
+            opened[ORT_GRAPHS] = gpu_roads.txopt_road(artifact.path, "cuda-graphs")
             try:
                 opened[TENSORRT] = tensorrt()
             except TxoptError as err:

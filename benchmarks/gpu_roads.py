@@ -1,4 +1,4 @@
-"""Who is measured on a GPU: PyTorch eager, PyTorch compiled, ONNX Runtime and TensorRT, each from the same weights in float16.
+"""Who is measured on a GPU: PyTorch eager and compiled, ONNX Runtime with and without CUDA graphs, TensorRT; same weights, float16.
 
 A road opens a model once and generates greedily from arrays; all give the same number of tokens. Owns nothing of how they are timed.
 """
@@ -19,8 +19,9 @@ from txopt.runtime.model import load
 Inputs = Mapping[str, NDArray[Any]]
 Generate = Callable[[Inputs, int], NDArray[np.int64]]
 
-EAGER, COMPILED, ORT, TENSORRT = "PyTorch eager", "PyTorch compiled", "ONNX Runtime", "TensorRT"
-ROADS = (EAGER, COMPILED, ORT, TENSORRT)
+EAGER, COMPILED, TENSORRT = "PyTorch eager", "PyTorch compiled", "TensorRT"
+ORT, ORT_GRAPHS = "ONNX Runtime", "ONNX Runtime, CUDA graphs"
+ROADS = (EAGER, COMPILED, ORT, ORT_GRAPHS, TENSORRT)
 
 
 def torch_road(model: Any, device: str, *, compiled: bool) -> Generate:
@@ -42,7 +43,7 @@ def torch_road(model: Any, device: str, *, compiled: bool) -> Generate:
 
 
 def txopt_road(artifact: Path, device: str) -> Generate:
-    """The artifact on ONNX Runtime ("cuda", or "cpu" in a rehearsal), or its engines ("tensorrt")."""
+    """The artifact on ONNX Runtime ("cuda", "cuda-graphs", or "cpu" in a rehearsal), or its engines ("tensorrt")."""
     model = load(artifact, device=device)
 
     def generate(inputs: Inputs, new_tokens: int) -> NDArray[np.int64]:

@@ -34,6 +34,7 @@ from txopt.exporter import graph as graphs
 from txopt.exporter import products, weights
 from txopt.exporter.lowering import LOWERINGS
 from txopt.exporter.lowering.activations import round_activations
+from txopt.exporter.lowering.choice import described
 from txopt.exporter.lowering.floats import raise_blocks
 from txopt.exporter.lowering.tied import turn_tables
 from txopt.runtime import cases
@@ -292,6 +293,7 @@ def _manifest(before: Manifest, ground: Ground, models: Mapping[str, ir.Model]) 
         before,
         precision=ground.precision,
         target=ground.target,
+        graphs={name: described(spec, models[name]) for name, spec in before.graphs.items()},
         fusion=fused,
         versions=versions,
         parity={},

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from txopt.exporter import weights
 from txopt.exporter.engine import MANNERS, Built, Engine, Switches
 from txopt.exporter.lowering import tensorrt
-from txopt.exporter.lowering.choice import choice_specs
+from txopt.exporter.lowering.choice import described
 from txopt.exporter.plan_cache import PlanCache, key_of
 from txopt.exporter.profiles import Sizes, profiles_of
 from txopt.runtime.artifact import Artifact
@@ -231,10 +231,9 @@ def _drafts(artifact: Artifact, sizes: Sizes, options: Options) -> dict[str, Dra
 def _lowered(graph: GraphSpec, model: ir.Model, length: int | None) -> GraphSpec:
     """What the manifest says of ``graph``, as its lowered ``model`` has it."""
     types = {value.name: value.dtype for value in (*model.graph.inputs, *model.graph.outputs)}
-    logits = [item for item in graph.outputs if item.name == "logits" and length is not None]
-    added = choice_specs(logits[0]) if logits else ()
+    graph = described(graph, model)
     unread = {output.name for output in model.graph.outputs if str(output.name).startswith(tensorrt.UNREAD)}
-    added += tuple(
+    added = tuple(
         replace(item, name=tensorrt.UNREAD + item.name)
         for item in graph.inputs
         if tensorrt.UNREAD + item.name in unread

@@ -21,6 +21,7 @@ from txopt.exporter.frontend import check_images, collect, collect_files
 from txopt.exporter.fusion.report import Report
 from txopt.exporter.halves import HALVES, check_target, prove_stored
 from txopt.exporter.lowering import LOWERINGS
+from txopt.exporter.lowering.choice import described
 from txopt.exporter.optimum_folder import is_folder
 from txopt.exporter.precision import DTYPES, computed_in, islands, widen
 from txopt.exporter.quantize import STAGES as QUANTIZE_STAGES
@@ -130,6 +131,8 @@ def export(
         for model in traced.graphs.values():
             LOWERINGS[target](model, precision)
         fused = {name: _fused(model, reports[name]) for name, model in traced.graphs.items()}
+        specs = {name: described(spec, traced.graphs[name]) for name, spec in traced.specs.items()}
+        traced = replace(traced, specs=specs)
         advance("write")
         weights.write(traced.graphs, writer.directory)
         reference_cases.save(cases, writer.directory)

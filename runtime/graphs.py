@@ -23,6 +23,15 @@ FLOATS = DTYPES[:3]
 Axes = tuple[str | int, ...]
 # int64 [B,T], of encoders that attend to windows: 1 where a token is seen from everywhere and sees everything
 GLOBAL_MASK = "global_attention_mask"
+# What a decoder may find in its logits itself, of the last token of each row, so that a few numbers leave the device and not all V of
+# them. By name: dtype, and how many numbers of a row, None where that is up to the graph.
+CHOICE: Mapping[str, tuple[str, int | None]] = {
+    "next": ("int64", 1),  # the likeliest token
+    "top_values": ("float32", None),  # the largest logits, falling
+    "top_ids": ("int64", None),  # their tokens
+    "log_sum": ("float32", 1),  # the logarithm of the sum of all logits' exponents
+}
+RANKED = ("top_values", "top_ids", "log_sum")  # what a search over several tokens reads
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9._/:-]{1,200}", re.ASCII)
 
 
@@ -232,6 +241,21 @@ def _of_decoder(decoder: GraphSpec, cache: CacheSpec, cross: tuple[TensorSpec, .
     for tensor in cache.tensors("present"):
         if (found := outputs.get(tensor.name)) != tensor:
             yield f"graphs.decoder.outputs: expected {tensor}, found {found or 'none'}"
+    yield from (f"graphs.decoder.outputs: {problem}" for problem in choice_problems(outputs))
+
+
+def choice_problems(outputs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    """Where those of CHOICE among a decoder's ``outputs`` are not what a search reads."""
+    for name, (dtype, numbers) in CHOICE.items():
+        item = outputs.get(name)
+        if item is None:
+            continue
+        wide = len(item.axes) == 2 and isinstance(item.axes[1], int)
+        if item.dtype != dtype or item.axes[:1] != ("R",) or not (wide if numbers is None else len(item.axes) == 1):
+            yield f"expected {name} {dtype} [R{',K' if numbers is None else ''}], found {item}"
+    ranked = [outputs[name].axes[1:] for name in ("top_values", "top_ids") if name in outputs]
+    if ranked and not (len(ranked) == 2 and ranked[0] == ranked[1] and "log_sum" in outputs):
+        yield "expected top_values and top_ids of one width, and log_sum, together, found some alone or of two widths"
 
 
 def _rows_queries_and_vocabulary(axes: Axes) -> bool:

@@ -17,11 +17,8 @@ from txopt.runtime.backends.runner import Buffers, Call, Engines, Staged
 from txopt.runtime.counts import allocating
 from txopt.runtime.decoder import THIS_MODEL
 from txopt.runtime.errors import ArtifactError, InputError, LimitError, TxoptError, UsageError
+from txopt.runtime.graphs import CHOICE, RANKED
 from txopt.runtime.strict_json import show
-
-# Outputs of graphs that look for likely tokens themselves: the likeliest, the likeliest few, and the logarithm of all exponents' sum.
-RANKED = ("top_values", "top_ids", "log_sum")
-CHOSEN = {"next": np.int64, "top_values": np.float32, "top_ids": np.int64, "log_sum": np.float32}
 
 FIRST_BUCKET = 64  # self-cache length of a new decoder; attention costs time in proportion to it
 
@@ -55,7 +52,7 @@ class RowDecoder:
             self._logits = runner.staged(np.zeros((rows, 1, self._vocabulary), np.float32))
             self._chosen = {  # what the graph itself finds in the logits of each row's last token, where it does
                 name: runner.staged(np.zeros((rows, *map(int, outputs[name].axes[1:])), dtype))
-                for name, dtype in CHOSEN.items()
+                for name, (dtype, _) in CHOICE.items()
                 if name in outputs
             }
         self.most_ranked = int(outputs["top_ids"].axes[1]) if "top_ids" in outputs else 0

@@ -36,7 +36,9 @@ ANY_OF_OURS = "txopt.runtime txopt.calibration txopt.exporter txopt.cli benchmar
 FRONT = "txopt.console txopt.inspection txopt.page txopt.summary txopt.demonstration txopt.benchmarks"
 RULES = {
     "runtime": rule(RUNTIME, RUNTIME_LAZILY),
+    "runtime/backends/captures.py": rule("onnxruntime"),
     "runtime/backends/ort.py": rule(f"{RUNTIME} onnxruntime", RUNTIME_LAZILY),
+    "runtime/backends/ort_session.py": rule(f"{RUNTIME} onnxruntime"),
     "runtime/backends/cuda.py": rule(RUNTIME, "cuda"),
     "runtime/backends/trt.py": rule(RUNTIME),  # its libraries by name
     "calibration": rule(f"{CALIBRATION} onnxruntime", RUNTIME_LAZILY),
@@ -53,6 +55,7 @@ RULES = {
     "src/txopt/page": rule("txopt.runtime txopt.page txopt.summary", "jinja2"),
     "src/txopt/demonstration.py": rule("txopt.console txopt.runtime.errors", f"{ANY_OF_OURS} {FRONT} torch"),
     "benchmarks": rule(f"{ANY_OF_OURS} txopt.benchmarks numpy typer rich", "torch transformers"),
+    "benchmarks/cuda_steps.py": rule("txopt.runtime txopt.benchmarks numpy onnxruntime"),
     "benchmarks/fused_speed.py": rule(
         "txopt.exporter txopt.benchmarks numpy", "onnxruntime"
     ),  # foreign files, as they are

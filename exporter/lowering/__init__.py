@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from txopt.exporter.lowering import ort
+from txopt.exporter.lowering import ort, ort_cuda
 
 LOWERINGS: dict[str, Callable[[ir.Model, str], None]] = {
     "cpu": ort.lower_for_cpu,
-    "cuda": ort.lower,
+    "cuda": ort_cuda.lower,
     "tensorrt": ort.lower_for_proof,  # what an engine is built from is lowered when it is built (tensorrt.py)
 }

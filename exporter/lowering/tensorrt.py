@@ -19,7 +19,7 @@ import onnx_ir as ir
 from txopt.calibration.dtypes import infer
 from txopt.calibration.halves import halve
 from txopt.calibration.islands import counted_nodes, masks_of
-from txopt.exporter.lowering.choice import add_choice
+from txopt.exporter.lowering.choice import add_choice, chooses
 from txopt.runtime.errors import UsageError, explain
 
 _UNTYPED = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
@@ -46,7 +46,8 @@ def lower(model: ir.Model, *, cache_length: int | None = None) -> ir.Model:
         halve(lowered, counted_nodes(graph, masks_of(graph)), to=ir.DataType.BFLOAT16)
     if cache_length is not None:
         fix_length(lowered, "S", cache_length)
-        add_choice(lowered)
+        if not chooses(lowered):  # an artifact for cuda does already
+            add_choice(lowered)
     _read_all(lowered.graph)
     return lowered
 

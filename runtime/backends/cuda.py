@@ -35,7 +35,7 @@ def bindings() -> Any:
     return runtime
 
 
-def capability(cuda: Any, number: int) -> str:
+def capability(cuda: Any, number: int, device: str = "tensorrt") -> str:
     """The compute capability of GPU ``number``, such as "SM89"; the first call to a driver, and it may say that there is none.
 
     Errors:
@@ -45,12 +45,12 @@ def capability(cuda: Any, number: int) -> str:
     if error or not count:
         reason = _text(cuda, error) if error else "CUDA finds no GPU"
         raise UsageError(
-            f'device="tensorrt": expected an NVIDIA GPU and its driver, found none ({reason}); use device="cpu", or look whether '
+            f'device="{device}": expected an NVIDIA GPU and its driver, found none ({reason}); use device="cpu", or look whether '
             "nvidia-smi shows the GPU and CUDA_VISIBLE_DEVICES does not hide it"
         )
     if number >= count:
         raise UsageError(
-            f'device="tensorrt:{number}": expected a GPU from 0 to {count - 1}, found {count} in this machine'
+            f'device="{device}:{number}": expected a GPU from 0 to {count - 1}, found {count} in this machine'
         )
     of = cuda.cudaDeviceAttr
     parts = (of.cudaDevAttrComputeCapabilityMajor, of.cudaDevAttrComputeCapabilityMinor)

@@ -7,15 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from txopt.runtime.engines import EngineSet, Plan
 from txopt.runtime.errors import StaleError, UsageError, explain
-from txopt.runtime.graphs import FLOATS, GraphSpec, TensorSpec
-
-# What a decoder may find in its logits itself, by name: dtype, and how many numbers of a row, None where that is up to it.
-FOUND: Mapping[str, tuple[str, int | None]] = {
-    "next": ("int64", 1),
-    "top_values": ("float32", None),
-    "top_ids": ("int64", None),
-    "log_sum": ("float32", 1),
-}
+from txopt.runtime.graphs import FLOATS, GraphSpec, TensorSpec, choice_problems
 
 
 def fitting(sets: tuple[EngineSet, ...], versions: Mapping[str, str], capability: str) -> EngineSet:
@@ -67,21 +59,7 @@ def contract_problems(name: str, graph: GraphSpec, plan: Plan, cache_length: int
         if kind == "inputs":
             yield from (f"{where}: unknown input {item}" for item in has.values())
         elif "logits" in {item.name for item in wanted}:
-            yield from (f"{where}: {problem}" for problem in _found_problems(has))
-
-
-def _found_problems(has: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """Where the outputs of FOUND among these, which are a decoder's, are not what a search reads."""
-    for name, (dtype, numbers) in FOUND.items():
-        item = has.get(name)
-        if item is None:
-            continue
-        wide = len(item.axes) == 2 and isinstance(item.axes[1], int)
-        if item.dtype != dtype or item.axes[:1] != ("R",) or not (wide if numbers is None else len(item.axes) == 1):
-            yield f"expected {name} {dtype} [R{',K' if numbers is None else ''}], found {item}"
-    ranked = [has[name].axes[1:] for name in ("top_values", "top_ids") if name in has]
-    if ranked and not (len(ranked) == 2 and ranked[0] == ranked[1] and "log_sum" in has):
-        yield "expected top_values and top_ids of one width, and log_sum, together, found some alone or of two widths"
+            yield from (f"{where}: {problem}" for problem in choice_problems(has))
 
 
 def _stands_for(found: TensorSpec, wanted: TensorSpec, cache_length: int | None) -> bool:

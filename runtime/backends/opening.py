@@ -7,7 +7,7 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.runner import Engines
 from txopt.runtime.errors import UsageError
 
-KINDS = ("cpu", "cuda", "tensorrt")
+KINDS = ("cpu", "cuda", "cuda-graphs", "tensorrt")
 
 
 def open_engines(artifact: Artifact, *, device: str, threads: int | None, as_written: bool) -> Engines:
@@ -21,7 +21,8 @@ def open_engines(artifact: Artifact, *, device: str, threads: int | None, as_wri
     kind, _, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
     numbered = ordinal.isascii() and (ordinal or "0").isdecimal()
     if kind not in KINDS or not numbered or (kind == "cpu" and ordinal):
-        raise UsageError(f'device must be "cpu", "cuda", "cuda:N", "tensorrt" or "tensorrt:N", got {device!r}')
+        named = ", ".join(f'"{kind}"' for kind in KINDS)
+        raise UsageError(f'device must be one of {named}, all but the first also with ":N" for GPU N, got {device!r}')
     if kind == "tensorrt":
         from txopt.runtime.backends.trt import open_plans
 
@@ -30,7 +31,13 @@ def open_engines(artifact: Artifact, *, device: str, threads: int | None, as_wri
 
     manifest = artifact.manifest
     runners = {
-        name: Runner(artifact.file(spec.file), device=device, threads=threads, as_written=as_written)
+        name: Runner(
+            artifact.file(spec.file),
+            device=device,
+            repeats=name == "decoder",
+            threads=threads,
+            as_written=as_written,
+        )
         for name, spec in manifest.graphs.items()
     }
     # ONNX Runtime's CPU provider has no bfloat16: but for cuda, graphs widen such weights and compute in float32.

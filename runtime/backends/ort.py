@@ -2,10 +2,12 @@
 
 Owns sessions, providers and IO binding. On the CPU a tensor shares its numpy array's memory, so writing the array feeds the next
 run and nothing is copied. On CUDA tensors live on the device, at one address for as long as they live; with cuda-bindings, rows of the
-self-attention cache move and grow there, else through the host. It knows no generation.
+self-attention cache move and grow there, else through the host. Calls that are run again and again may be CUDA graphs (captures.py).
+It knows no generation.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +16,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from txopt.runtime.backends import cuda, tensors
-from txopt.runtime.backends.huge_pages import collapsed
-from txopt.runtime.counts import count
+from txopt.runtime.backends.captures import RECORDING, Captures
+from txopt.runtime.backends.ort_session import Place, open_session, session_options
 from txopt.runtime.decoder import Ids
-from txopt.runtime.errors import ArtifactError, InputError, MissingDependencyError, TxoptError, UsageError
+from txopt.runtime.errors import InputError, MissingDependencyError, TxoptError
 from txopt.runtime.opened import Opened
-
-MOST_THREADS = 4096  # far beyond any machine; the engine starts as many as it is told, or ends the process
-
-CONFIGURATION = {
-    # Idle workers would spin on: the encoder's against the decoder's first steps, both against the caller (docs/decisions.md 13).
-    "session.force_spinning_stop": "1",
-    # x86 without VNNI would add pairs of products of int8 in 16 bits, which saturate; slower kernels do not. Others ignore it.
-    "session.x64quantprecision": "1",
-    # Products with weights that a graph dequantizes are of floats, and stay so where it makes MatMulNBits of them. Its default is 4.
-    "session.qdq_matmulnbits_accuracy_level": "1",
-}
-
-DISABLED = [
-    # Takes a Relu away before a QuantizeLinear whose least code is 0, and takes float8 for such (1.32): negative numbers then pass.
-    "ReluQuantRewrite",
-    # Makes signed codes unsigned; with the kernels above, those of weights too, with one zero point for all their scales, which no run
-    # accepts (1.32). Products of signed codes are computed in float instead; the CPU's lowering makes them unsigned itself.
-    "QDQS8ToU8Transformer",
-]
 
 Array = NDArray[Any]
 Value = Any  # onnxruntime.OrtValue: the library ships no types
@@ -73,8 +56,9 @@ class Call:
         outputs: Mapping[str, Value | Staged],
         reads: Sequence[Staged],
         gpu: cuda.Device | None = None,
+        captures: Captures | None = None,
     ) -> None:
-        self._run, self._gpu = session.run_with_iobinding, gpu
+        self._run, self._gpu, self._captures, self._again = session.run_with_iobinding, gpu, captures, False
         self._binding = session.io_binding()
         self._writes = [item for item in inputs.values() if isinstance(item, Staged) and not item.shared]
         self._reads = [item for item in reads if not item.shared]
@@ -86,6 +70,8 @@ class Call:
                 else:
                     by_value(name, item.value if isinstance(item, Staged) else item)
             by_value, by_address = self._binding.bind_ortvalue_output, self._binding.bind_output
+        if captures is not None:
+            self._bound = tuple(_place(name, item) for items in (inputs, outputs) for name, item in items.items())
 
     def run(self) -> None:
         for staged in self._writes:
@@ -93,9 +79,15 @@ class Call:
         if self._gpu is not None:
             self._gpu.wait()  # for rows that move: the engine has another stream
         try:
-            self._run(self._binding)
+            if self._captures is None:
+                self._run(self._binding)
+            else:
+                with RECORDING:
+                    self._run(self._binding, self._captures.options(self._bound, again=self._again))
         except Exception as err:  # the library raises a dozen kinds, without a common base
-            raise TxoptError(f"the engine failed: {err}") from err
+            advice = "" if self._captures is None else '; device="cuda" runs it without recording'
+            raise TxoptError(f"the engine failed: {err}{advice}") from err
+        self._again = True
         for staged in self._reads:
             staged.read()
 
@@ -133,7 +125,8 @@ class Runner:
 
     Args:
         path: the .onnx file; its weights lie beside it.
-        device: "cpu" or "cuda" ("cuda:1" for another than the first).
+        device: "cpu", "cuda" or "cuda-graphs", the latter two with ":N" for another GPU than the first.
+        repeats: the calls of this graph are run again and again: on "cuda-graphs" they become CUDA graphs.
         threads: engine threads, None for one per core.
         as_written: the engine runs the nodes of the graph, without fusions of its own, and shares no buffer between values whose
             axes have the same names: foreign files name lengths alike that are not.
@@ -146,21 +139,17 @@ class Runner:
         path: Path,
         *,
         device: str = "cpu",
+        repeats: bool = False,
         threads: int | None = None,
         as_written: bool = False,
         weights: Mapping[str, Array] | None = None,
         beside: Path | None = None,
     ) -> None:
-        self._device, self._ordinal, providers = _providers(device)
-        self._on_host = self._device == "cpu"
+        place = Place.of(device)
+        self._device, self._ordinal, self._on_host = place.name, place.ordinal, place.name == "cpu"
         self._gpu = None if self._on_host else _gpu(self._ordinal)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors are raised, and said once
-        for key, value in CONFIGURATION.items():
-            options.add_session_config_entry(key, value)
-        if as_written:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.enable_mem_reuse = False
+        self._turn: AbstractContextManager[Any] = RECORDING if place.graphs else nullcontext()
+        options = session_options(threads, as_written=as_written)
         if weights:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)
@@ -168,17 +157,9 @@ class Runner:
         if beside is not None:  # the engine looks elsewhere only for a model that it is given in memory
             model = path.read_bytes()
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(beside))
-        if threads is not None:
-            options.intra_op_num_threads = count("threads", threads, MOST_THREADS)
-        try:
-            with collapsed():
-                self._session = onnxruntime.InferenceSession(
-                    model, options, providers=providers, disabled_optimizers=DISABLED
-                )
-        except Exception as err:  # the library raises a dozen kinds, without a common base
-            raise ArtifactError(
-                f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot open this graph (opset 24 needs 1.30 or newer): {err}"
-            ) from err
+        with self._turn:
+            self._session, recorded = open_session(path.name, model, options, place, recorded=repeats)
+        self._captures = Captures(self._session) if recorded else None
 
     def describe(self, value: Value) -> tuple[str, tuple[int, ...]]:
         """A tensor's dtype, by the name that manifests use, and its shape."""
@@ -196,15 +177,17 @@ class Runner:
         """An engine tensor of ``array``; on the CPU the two share memory."""
         if dtype == "bfloat16":
             return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, self._ordinal)
+        with self._turn:
+            return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, self._ordinal)
 
     def staged(self, array: Array) -> Staged:
         return Staged(array, self.tensor(array), self._on_host)
 
     def buffers(self, names: Sequence[str], shape: tuple[int, ...], dtype: str) -> Buffers | tensors.Buffers:
-        if self._gpu is not None:
-            return tensors.Buffers(self._gpu, names, shape, dtype)
-        return Buffers(self, names, shape, dtype)
+        with self._turn:
+            if self._gpu is not None:
+                return tensors.Buffers(self._gpu, names, shape, dtype)
+            return Buffers(self, names, shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Value:
         return self.tensor(np.zeros(shape, tensors.STORED[dtype]), dtype)
@@ -233,7 +216,8 @@ class Runner:
         outputs: Mapping[str, Value | Staged],
         reads: Sequence[Staged] = (),
     ) -> Call:
-        return Call(self._session, (self._device, self._ordinal), inputs, outputs, reads, self._gpu)
+        where = self._device, self._ordinal
+        return Call(self._session, where, inputs, outputs, reads, self._gpu, self._captures)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Value]:
         """Runs once on fresh output buffers, which stay on the device; for graphs outside the token loop.
@@ -251,7 +235,8 @@ class Runner:
         for name in names:
             binding.bind_output(name, self._device, self._ordinal)
         try:
-            self._session.run_with_iobinding(binding)
+            with self._turn:
+                self._session.run_with_iobinding(binding)
         except Exception as err:  # the library raises a dozen kinds, without a common base
             raise InputError(
                 f"the engine refused these inputs: expected ids and lengths that the model knows, got {_fed(inputs)}; "
@@ -263,9 +248,19 @@ class Runner:
 def _gpu(ordinal: int) -> cuda.Device | None:
     """The device, for who moves what lies there; None where there is no package to do it with."""
     try:
-        return cuda.Device(cuda.bindings(), ordinal)
+        bindings = cuda.bindings()
     except MissingDependencyError:
         return None
+    cuda.capability(bindings, ordinal, "cuda")
+    return cuda.Device(bindings, ordinal)
+
+
+def _place(name: str, item: Value | Staged | tensors.Tensor) -> tuple[str, int, tuple[int, ...]]:
+    """Where a tensor that is bound as ``name`` lies, and its shape."""
+    if isinstance(item, tensors.Tensor):
+        return name, item.address, item.shape
+    value = item.value if isinstance(item, Staged) else item
+    return name, value.data_ptr(), tuple(value.shape())
 
 
 def _dtype(kind: str) -> str:
@@ -281,18 +276,3 @@ def _fed(inputs: Mapping[str, Array]) -> str:
         for name, array in inputs.items()
     )
     return ", ".join(described)
-
-
-def _providers(device: str) -> tuple[str, int, list[Any]]:
-    kind, _, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
-    if kind == "cpu":
-        return "cpu", 0, ["CPUExecutionProvider"]
-    if kind != "cuda" or not (ordinal or "0").isdecimal():
-        raise UsageError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}')
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise MissingDependencyError(
-            'device="cuda" needs ONNX Runtime\'s CUDA provider, which this onnxruntime does not have: '
-            "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
-        )
-    number = int(ordinal or 0)
-    return "cuda", number, [("CUDAExecutionProvider", {"device_id": number}), "CPUExecutionProvider"]

@@ -21,7 +21,7 @@ def test_the_rehearsal_runs_to_its_end() -> None:
     )
     found = json.loads(done.stdout)
     assert found["not measured"] == []
-    assert found["roads"]["TensorRT"] == "a rehearsal builds no engines"
+    assert found["roads"]["TensorRT"] == "a rehearsal has no GPU"
     assert found["parity"]["T5"]["ONNX Runtime"]["largest_error"] <= 1e-4
     row = found["speed"]["T5 of toy size"]["batch 1"]["ONNX Runtime"]
     assert row["ids_as_eager"] == 1

@@ -19,7 +19,7 @@ from txopt.calibration.linears import Role, reads
 from txopt.calibration.packing import Packed
 from txopt.calibration.quantize import put
 from txopt.calibration.rounding import round_to_nearest
-from txopt.runtime.backends import ort
+from txopt.runtime.backends import ort_session
 
 Array = NDArray[Any]
 
@@ -116,7 +116,7 @@ def opened(model: ir.Model, *, as_written: bool = False, optimized: str | None =
     """On one thread; what the engine makes of the graph goes to the file ``optimized``."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    for key, value in ort.CONFIGURATION.items():  # as the runner opens it
+    for key, value in ort_session.CONFIGURATION.items():  # as the runner opens it
         options.add_session_config_entry(key, value)
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -126,7 +126,7 @@ def opened(model: ir.Model, *, as_written: bool = False, optimized: str | None =
         ir.to_proto(model).SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
-        disabled_optimizers=ort.DISABLED,
+        disabled_optimizers=ort_session.DISABLED,
     )
 
 

@@ -11,7 +11,7 @@ from tests.calibration.graphs import engine, parsed
 from tests.exporter.engine_feeds import FAMILIES, SIZES, feeds
 from txopt.benchmarks.engine_graphs import PRECISIONS, graphs
 from txopt.calibration.halves import spell_out
-from txopt.exporter.lowering import ort, tensorrt
+from txopt.exporter.lowering import ort, ort_cuda, tensorrt
 from txopt.exporter.lowering.choice import MOST
 from txopt.exporter.lowering.static import lower_static
 from txopt.runtime.artifact import Artifact
@@ -77,9 +77,18 @@ def as_floats(model: ir.Model) -> None:
             graph.outputs[index] = cast.outputs[0]
 
 
+def lowered_for_cuda(model: ir.Model, name: str) -> ir.Model:
+    copy = model.clone()
+    ort_cuda.lower(copy, "fp32")
+    return copy
+
+
+@pytest.mark.parametrize("lower", [lowered, lowered_for_cuda])
 @pytest.mark.parametrize("family", ["t5", "whisper"])
-def test_a_decoder_gives_what_a_search_reads(family: str, artifacts: Callable[[str], Artifact]) -> None:
-    said = outputs_of(lowered(graphs(artifacts(family), "fp32")["decoder"], "decoder"))
+def test_a_decoder_gives_what_a_search_reads(
+    family: str, lower: Callable[[ir.Model, str], ir.Model], artifacts: Callable[[str], Artifact]
+) -> None:
+    said = outputs_of(lower(graphs(artifacts(family), "fp32")["decoder"], "decoder"))
     last = said["logits"][:, -1].astype(np.float64)
     most = min(MOST, last.shape[1])
     np.testing.assert_array_equal(said["next"], last.argmax(1))
@@ -98,6 +107,17 @@ def test_no_more_are_chosen_than_a_large_vocabulary_needs() -> None:
         f"[R,{MOST}]",
         "[R]",
     ]
+
+
+def test_what_chooses_already_for_cuda_chooses_once(artifacts: Callable[[str], Artifact]) -> None:
+    model = graphs(artifacts("t5"), "fp32")["decoder"]
+    twice = lowered(lowered_for_cuda(model, "decoder"), "decoder")
+    names = [value.name for value in twice.graph.outputs]
+    assert [name for name in names if name in _CHOICE] == list(_CHOICE)
+    ort_cuda.lower(twice, "fp32")
+    assert [value.name for value in twice.graph.outputs] == names
+    encoder = lowered_for_cuda(graphs(artifacts("t5"), "fp32")["encoder"], "encoder")
+    assert not any(value.name in _CHOICE for value in encoder.graph.outputs)
 
 
 def test_the_model_given_is_left_alone(artifacts: Callable[[str], Artifact]) -> None:

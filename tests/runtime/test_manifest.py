@@ -153,6 +153,39 @@ def test_a_wrong_manifest_is_refused(change: Callable[[Document], None], message
         Manifest.from_json(broken)
 
 
+TOP = [
+    {"name": "top_values", "dtype": "float32", "axes": ["R", 4]},
+    {"name": "top_ids", "dtype": "int64", "axes": ["R", 4]},
+    {"name": "log_sum", "dtype": "float32", "axes": ["R"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([{"name": "next", "dtype": "int64", "axes": ["R"]}, *TOP], None),
+        ([{"name": "next", "dtype": "int64", "axes": ["R"]}], None),
+        (
+            [{"name": "next", "dtype": "int64", "axes": ["R", "Q"]}],
+            r"expected next int64 \[R\], found next int64 \[R,Q\]",
+        ),
+        ([{"name": "next", "dtype": "float32", "axes": ["R"]}], "expected next int64"),
+        (TOP[:2], "top_values and top_ids of one width, and log_sum, together"),
+        (TOP[1:], "top_values and top_ids of one width, and log_sum, together"),
+        ([TOP[0] | {"axes": ["R", "V"]}, *TOP[1:]], "one of B R Q S"),
+        ([TOP[0] | {"axes": ["R", "S"]}, *TOP[1:]], r"expected top_values float32 \[R,K\]"),
+    ],
+)
+def test_what_a_decoder_finds_in_its_logits(found: list[Document], message: str | None) -> None:
+    made = document()
+    made["graphs"]["decoder"]["outputs"].extend(found)
+    if message is None:
+        assert Manifest.from_json(made).to_json() == made
+    else:
+        with pytest.raises(ArtifactError, match=message):
+            Manifest.from_json(made)
+
+
 def test_all_problems_come_in_one_message() -> None:
     broken = document() | {"task": 1, "target": "tpu", "extra": None}
     del broken["family"]
