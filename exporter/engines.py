@@ -8,7 +8,6 @@ files, and the manifest binds them by their hashes.
 import errno
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -27,7 +26,7 @@ from txopt.exporter.lowering.choice import choice_specs
 from txopt.exporter.plan_cache import PlanCache, key_of
 from txopt.exporter.profiles import Sizes, profiles_of
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.engines import FILE, LIBRARIES, EngineSet, Plan, Profile, engines_of, to_bytes
+from txopt.runtime.engines import FILE, GPU, LIBRARIES, EngineSet, Plan, Profile, engines_of, to_bytes
 from txopt.runtime.errors import ArtifactError, MissingDependencyError, UsageError, explain
 from txopt.runtime.files import FOLDER
 from txopt.runtime.graphs import GraphSpec
@@ -37,7 +36,6 @@ from txopt.runtime.writer import ArtifactWriter
 logger = logging.getLogger(__name__)
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_GPU = re.compile(r"SM\d{2,3}")
 
 STAGES = ("open", "lower", "build", "write")
 RUNTIME = "tensorrt-rtx"
@@ -114,7 +112,7 @@ def plan(artifact: str | os.PathLike[str], options: Options) -> dict[str, Any]:
     if not MANNERS[options.runtime].needs_gpu:
         with suppress(MissingDependencyError):
             Engine(options.runtime, options.capabilities, options.switches)
-    elif odd := [name for name in options.capabilities if not _GPU.fullmatch(name)]:
+    elif odd := [name for name in options.capabilities if not GPU.fullmatch(name)]:
         raise UsageError(f"capability: expected GPUs such as SM90, got {', '.join(odd)}")
     opened = Artifact.open(artifact)
     sizes = options.sizes(opened.manifest)
