@@ -24,7 +24,7 @@ FILE = f"{FOLDER}/engines.json"
 FORMAT = 1
 LARGEST = 1 << 20  # bytes of the file; hundreds of times what is needed
 GPU = re.compile(r"SM[0-9]{2,3}")
-_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
+_WORD = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
 _SHOWN = 4  # wrong names in a message
 Lengths = tuple[int, int, int]  # least, usual, most
 
@@ -63,7 +63,7 @@ class Profile:
                 )
             else:
                 axes[letter] = (lengths[0], lengths[1], lengths[2])
-        return cls(name=fields.text("name"), axes=axes)
+        return cls(name=_word(fields, "name", "step"), axes=axes)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "axes": {letter: list(lengths) for letter, lengths in self.axes.items()}}
@@ -155,15 +155,11 @@ class EngineSet:
             "plans",
         )
         fields = Fields(value, where, problems, keys)
-        capabilities, version = fields.items("capabilities"), fields.text("version")
+        capabilities = fields.items("capabilities")
         odd = [one for one in capabilities if type(one) is not str or not GPU.fullmatch(one)]
         if odd or not capabilities:
             found = ", ".join(map(show, odd[:_SHOWN])) or "none"
             problems.append(f"{where}.capabilities: expected names such as SM89, found {found}")
-        if version and not _VERSION.fullmatch(version):
-            problems.append(
-                f"{where}.version: expected letters, digits, '.', '+', '_' or '-', such as 1.7.1, found {show(version)}"
-            )
         for key in ("any_version", "any_hardware"):
             if type(fields.get(key)) is not bool:
                 problems.append(f"{where}.{key}: expected true or false, found {show(fields.get(key))}")
@@ -175,7 +171,7 @@ class EngineSet:
             problems.append(f"{where}.plans: expected a plan for each graph, found none")
         return cls(
             runtime=fields.choice("runtime", LIBRARIES),
-            version=version,
+            version=_word(fields, "version", "1.7.1"),
             any_version=fields.get("any_version") is True,
             capabilities=tuple(map(str, capabilities)),
             any_hardware=fields.get("any_hardware") is True,
@@ -230,6 +226,16 @@ def engines_of(artifact: Artifact) -> tuple[EngineSet, ...]:
             explain(f"{FILE}: does not describe this artifact's engines; build them again:", limited(problems))
         )
     return sets
+
+
+def _word(fields: Fields, key: str, example: str) -> str:
+    """A text that messages may hold as it is, for it cannot steer a terminal."""
+    text = fields.text(key)
+    if text and not _WORD.fullmatch(text):
+        fields.problems.append(
+            f"{fields.path(key)}: expected letters, digits, '.', '+', '_' or '-', such as {example}, found {show(text)}"
+        )
+    return text
 
 
 def _contradictions(sets: tuple[EngineSet, ...], manifest: Manifest) -> Iterator[str]:
