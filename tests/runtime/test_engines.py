@@ -107,7 +107,11 @@ def test_a_changed_plan_is_refused_before_anything_reads_it(tmp_path: Path) -> N
         ("sets/0/plans/decoder/profiles", [], "at least one"),
         ("sets/0/plans/decoder/profiles/0/axes/R", [4, 1, 8], "a least, a usual and a largest"),
         ("sets/0/plans/decoder/profiles/0/axes", {"R": [1, 1, 1]}, "expected ranges of B Q R T, found R"),
-        ("sets/0/plans/decoder/profiles/0/name", "st\x1b[2Jep", r"profiles\[0\]\.name: expected .*, found 'st\\x1b\[2Jep'"),
+        (
+            "sets/0/plans/decoder/profiles/0/name",
+            "st\x1b[2Jep",
+            r"profiles\[0\]\.name: expected .*, found 'st\\x1b\[2Jep'",
+        ),
         ("sets/0/extra", 1, "unknown key"),
     ],
 )
