@@ -152,8 +152,7 @@ def of_planned(document: dict[str, Any]) -> str:
     sizes = document["sizes"]
     lines = [
         f"{document['artifact']}: would be built in {document['precision']} with {document['runtime']} for {for_whom}",
-        f"  at most {sizes['batch']} sources{_of_length(document)}, {sizes['beams']} beams, prompts of {sizes['prompt']}, "
-        f"{sizes['cache']} tokens in the cache",
+        f"  at most {sizes['batch']} sources{_of_length(document)}{_of_decoder(document)}",
     ]
     for plan in document["plans"].values():
         lines.append(f"  {plan['file']}: {sum(plan['nodes'].values())} nodes")
@@ -168,8 +167,18 @@ def of_planned(document: dict[str, Any]) -> str:
 
 def _of_length(document: dict[str, Any]) -> str:
     """How long sources may be, where that varies."""
-    axes = {axis for plan in document["plans"].values() for profile in plan["profiles"] for axis in profile["axes"]}
-    return f" of {document['sizes']['source']}" if axes & set(SOURCE_AXES) else ""
+    return f" of {document['sizes']['source']}" if _axes(document) & set(SOURCE_AXES) else ""
+
+
+def _of_decoder(document: dict[str, Any]) -> str:
+    """The sizes that only a decoder has, which alone takes new tokens (Q)."""
+    sizes = document["sizes"]
+    told = f", {sizes['beams']} beams, prompts of {sizes['prompt']}, {sizes['cache']} tokens in the cache"
+    return told if "Q" in _axes(document) else ""
+
+
+def _axes(document: dict[str, Any]) -> set[str]:
+    return {axis for plan in document["plans"].values() for profile in plan["profiles"] for axis in profile["axes"]}
 
 
 def of_engines(document: dict[str, Any]) -> str:
