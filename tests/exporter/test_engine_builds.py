@@ -70,6 +70,32 @@ def test_engines_that_this_version_cannot_read_are_replaced(
     assert "cannot be read, and are replaced: of a later version" in caplog.text
 
 
+def test_another_version_builds_anew_and_replaces_what_was_for_the_same_gpus(
+    artifacts: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans that are kept are of one version; an artifact has no two of the same library and GPUs."""
+    library = ["1.7.1"]
+
+    class Versioned(Engine):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.version = library[0]
+
+        def build(self, *_: Any, **__: Any) -> tuple[engine.Built, None]:
+            return engine.Built(plan=self.version.encode(), layers={}, float_casts=0, apart=0), None
+
+    monkeypatch.setattr(engines, "Engine", Versioned)
+    shutil.copytree(artifacts("bart").path, tmp_path / "artifact")
+    asked = replace(SMALL, kept=tmp_path / "kept")
+    found = []
+    for library[0] in ("1.7.1", "1.7.1", "1.8.0"):
+        made = engines.build(tmp_path / "artifact", None, asked)
+        (one,) = engines_of(made.artifact)
+        plan = made.artifact.file(one.plans["decoder"].file).read_bytes()
+        found.append((one.version, plan, made.builds["decoder"]["kept"]))
+    assert found == [("1.7.1", b"1.7.1", False), ("1.7.1", b"1.7.1", True), ("1.8.0", b"1.8.0", False)]
+
+
 def test_of_two_sets_for_a_gpu_the_later_one_serves(built: Artifact) -> None:  # noqa: F811
     (first,) = engines_of(built)
     later = replace(first, capabilities=("SM89", "SM120"))
