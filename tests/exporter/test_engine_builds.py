@@ -13,8 +13,10 @@ import pytest
 from tests.exporter.test_engine import SMALL, Make, built  # noqa: F401 - a fixture
 from tests.runtime.artifacts import tree
 from txopt.benchmarks.engine_graphs import graphs
+from txopt.cli import main
 from txopt.exporter import engine, engines, weights
 from txopt.exporter.engine import Engine, Switches
+from txopt.exporter.engines import Options
 from txopt.exporter.lowering import tensorrt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.fitting import fitting
@@ -153,6 +155,22 @@ def test_a_dry_run_knows_the_gpus(artifacts: Make) -> None:
     with pytest.raises(UsageError, match="capability: expected GPUs such as SM90, got 'bogus'"):
         engines.plan(path, replace(SMALL, runtime="tensorrt", capabilities=("SM90", "bogus")))
     assert engines.plan(path, replace(SMALL, capabilities=("SM89", "SM89")))["capabilities"] == ["SM89"]
+
+
+@pytest.mark.parametrize("dry", [("--dry-run",), ()], ids=["dry run", "build"])
+def test_the_command_refuses_the_sizes_of_a_decoder_where_there_is_none(
+    dry: tuple[str, ...], artifacts: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = artifacts("bert").path
+    before = tree(path)
+    with pytest.raises(SystemExit) as done:
+        main(["engine", str(path), "--capability", "SM89", "--max-beams", "4", "--cache-length", "24", "--quiet", *dry])
+    assert done.value.code == 2
+    said = capsys.readouterr().err
+    assert "--max-beams: leave it out, for this artifact's encoder has no rows of beams (R), got 4" in said
+    assert "--cache-length: leave it out, for this artifact's encoder has no cache (S), got 24" in said
+    assert tree(path) == before
+    assert engines.plan(path, Options(capabilities=("SM89",), batch=2, source=16))["plans"].keys() == {"encoder"}
 
 
 def test_an_input_that_nothing_reads_is_given_back(artifacts: Make, tmp_path: Path) -> None:
