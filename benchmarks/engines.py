@@ -48,7 +48,8 @@ def family(name: str, work: Path) -> dict[str, Any]:
 def built(artifact: Artifact, precision: str, work: Path) -> dict[str, Any]:
     """What is built of the graphs of ``artifact`` in ``precision``."""
     builder = Engine(RUNTIME, [CAPABILITY], Switches())
-    sizes = Sizes.of(artifact.manifest, batch=2, beams=2, source=16, prompt=8, cache=LENGTH)
+    varies = any("T" in item.axes for item in artifact.manifest.graphs["encoder"].outputs)
+    sizes = Sizes.of(artifact.manifest, batch=2, beams=2, source=16 if varies else None, prompt=8, cache=LENGTH)
     layers: Counter[str] = Counter()
     size = apart = 0
     for name, model in graphs(artifact, precision).items():

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 import onnx_ir as ir
 
 from txopt.runtime.backends.trt_log import log_of
+from txopt.runtime.converters import convert_fields, flag
 from txopt.runtime.engines import LIBRARIES, Profile
 from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError, explain
 
+WRONG_OPTIONS = "options of engines that cannot work:"
 _NO_KERNEL = "not supported by a dedicated kernel"
 _FLOATS = ("FLOAT", "HALF", "BF16")
 _MOST_LINES = 8
@@ -58,12 +60,19 @@ MANNERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """Options of a build that are on or off."""
+    """Options of a build that are on or off.
+
+    Raises:
+        UsageError: values that are neither, all of them listed.
+    """
 
     any_version: bool = False
     any_hardware: bool = False
     weight_streaming: bool = False
     refit: bool = False
+
+    def __post_init__(self) -> None:
+        convert_fields(self, {field.name: flag for field in fields(self)}, WRONG_OPTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +190,9 @@ class Engine:
             for index, name in enumerate(self.capabilities):
                 config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
         flags = {"any_version": "VERSION_COMPATIBLE", "weight_streaming": "WEIGHT_STREAMING", "refit": "REFIT"}
-        for name, flag in flags.items():
+        for name, member in flags.items():
             if getattr(self._switches, name):
-                config.set_flag(getattr(trt.BuilderFlag, flag))
+                config.set_flag(getattr(trt.BuilderFlag, member))
         if self._switches.any_hardware:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         return config

@@ -8,7 +8,6 @@ files, and the manifest binds them by their hashes.
 import errno
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -21,13 +20,14 @@ from typing import Any
 import onnx_ir as ir
 
 from txopt.exporter import weights
-from txopt.exporter.engine import MANNERS, Built, Engine, Switches
+from txopt.exporter.engine import MANNERS, WRONG_OPTIONS, Built, Engine, Switches
 from txopt.exporter.lowering import tensorrt
 from txopt.exporter.lowering.choice import described
 from txopt.exporter.plan_cache import PlanCache, key_of
 from txopt.exporter.profiles import Sizes, profiles_of
 from txopt.runtime.artifact import Artifact
-from txopt.runtime.engines import FILE, LIBRARIES, EngineSet, Plan, Profile, engines_of, to_bytes
+from txopt.runtime.converters import Converter, convert_fields, integer, several
+from txopt.runtime.engines import FILE, GPU, LIBRARIES, EngineSet, Plan, Profile, engines_of, to_bytes
 from txopt.runtime.errors import ArtifactError, MissingDependencyError, UsageError, explain
 from txopt.runtime.files import FOLDER
 from txopt.runtime.graphs import GraphSpec
@@ -37,7 +37,6 @@ from txopt.runtime.writer import ArtifactWriter
 logger = logging.getLogger(__name__)
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_GPU = re.compile(r"SM\d{2,3}")
 
 STAGES = ("open", "lower", "build", "write")
 RUNTIME = "tensorrt-rtx"
@@ -64,6 +63,9 @@ class Options:
         batch, beams, source, prompt, cache: see profiles.Sizes; None: what suits the model.
         switches: see engine.Switches.
         kept: the directory of plans and timings that earlier builds left; None: none.
+
+    Raises:
+        UsageError: values of other kinds, all of them listed. Whether sizes are the model's is said once it is known.
     """
 
     runtime: str = RUNTIME
@@ -76,10 +78,53 @@ class Options:
     switches: Switches = field(default_factory=Switches)
     kept: Path | None = None
 
+    def __post_init__(self) -> None:
+        convert_fields(self, _CONVERTERS, WRONG_OPTIONS)
+
     def sizes(self, manifest: Manifest) -> Sizes:
         """Raises UsageError where one is not the model's."""
-        asked = ("batch", "beams", "source", "prompt", "cache")
-        return Sizes.of(manifest, **{name: getattr(self, name) for name in asked})
+        return Sizes.of(manifest, **{name: getattr(self, name) for name in _SIZES})
+
+
+def _runtime(value: Any) -> str:
+    if not isinstance(value, str) or value not in LIBRARIES:
+        raise ValueError(f"one of {', '.join(LIBRARIES)}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def _gpus(value: Any) -> tuple[str, ...]:
+    expected = 'a list of names such as ("SM89",)'
+    if isinstance(value, str):  # which would be a list of letters
+        raise ValueError(expected)
+    return several(_text, expected)(value)
+
+
+def _switches(value: Any) -> Switches:
+    if not isinstance(value, Switches):
+        raise ValueError("Switches(...)")
+    return value
+
+
+def _directory(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError("a directory's path")
+    return Path(value)
+
+
+_SIZES = ("batch", "beams", "source", "prompt", "cache")
+_CONVERTERS: Mapping[str, Converter] = {
+    "runtime": _runtime,
+    "capabilities": _gpus,
+    **dict.fromkeys(_SIZES, integer()),
+    "switches": _switches,
+    "kept": _directory,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,14 +153,12 @@ def plan(artifact: str | os.PathLike[str], options: Options) -> dict[str, Any]:
     Raises:
         ArtifactError, UsageError: as ``build``.
     """
-    if options.runtime not in LIBRARIES:
-        raise UsageError(f"runtime: expected one of {', '.join(LIBRARIES)}, got {options.runtime!r}")
     options = replace(options, capabilities=tuple(dict.fromkeys(options.capabilities)))
     if not MANNERS[options.runtime].needs_gpu:
         with suppress(MissingDependencyError):
             Engine(options.runtime, options.capabilities, options.switches)
-    elif odd := [name for name in options.capabilities if not _GPU.fullmatch(name)]:
-        raise UsageError(f"capability: expected GPUs such as SM90, got {', '.join(odd)}")
+    if odd := [name for name in options.capabilities if not GPU.fullmatch(name)]:
+        raise UsageError(f"capability: expected GPUs such as SM90, got {', '.join(map(repr, odd))}")
     opened = Artifact.open(artifact)
     sizes = options.sizes(opened.manifest)
     drafts = _drafts(opened, sizes, options)

@@ -23,6 +23,14 @@ _OPTIONS = {"cache": "--cache-length"}  # of ``txopt engine``; the others are na
 # heads of 64; where they may be two it does, and is tuned for one all the same.
 STEP: Lengths = (1, 1, 2)
 _LEAST = {"cache": STEP[-1]}
+# What sizes are about: the letters, and what has them, which not every graph does.
+_LETTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "batch": (("B", "R"), "sources"),
+    "beams": (("R",), "rows of beams"),
+    "source": (SOURCE_AXES, "sources whose length varies"),
+    "prompt": (("Q",), "prompts"),
+    "cache": (("S",), "cache"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,7 @@ class Sizes:
         """``asked``, and what suits the model where nothing was asked (None).
 
         Raises:
-            UsageError: a size is no count, or more than the model has places for.
+            UsageError: a size is no count, more than the model has places for, or of what no graph has.
         """
         most_source, most_cache = _most_source(manifest), None if manifest.cache is None else manifest.cache.max_length
         cache = asked.get("cache") or min(most_cache or CACHE, CACHE)
@@ -59,11 +67,11 @@ class Sizes:
         }
         sizes = {name: asked.get(name) if asked.get(name) is not None else size for name, size in usual.items()}
         bounds = {"source": most_source, "cache": most_cache, "prompt": sizes["cache"]}
+        lacking = {name: said for name, said in _lacking(manifest).items() if asked.get(name) is not None}
         problems = [
-            f"{_OPTIONS.get(name, f'--max-{name}')}: expected an integer from {_LEAST.get(name, 1)} to {bounds.get(name) or MOST}, "
-            f"got {size!r}"
+            f"{_OPTIONS.get(name, f'--max-{name}')}: {problem}, got {size!r}"
             for name, size in sizes.items()
-            if type(size) is not int or not _LEAST.get(name, 1) <= size <= (bounds.get(name) or MOST)
+            if (problem := lacking.get(name) or _out_of_range(size, _LEAST.get(name, 1), bounds.get(name) or MOST))
         ]
         rows = prod(size for name, size in sizes.items() if name in ("batch", "beams") and isinstance(size, int))
         if not problems and rows > MOST:
@@ -100,6 +108,23 @@ def profiles_of(graph: GraphSpec, sizes: Sizes, manifest: Manifest, *, alone: bo
     return tuple(
         Profile(name=name, axes={letter: axes[letter] for letter in sorted(letters)}) for name, axes in named.items()
     )
+
+
+def _lacking(manifest: Manifest) -> dict[str, str]:
+    """The sizes of what no graph of the artifact has, and how to say so."""
+    tensors = [item for graph in manifest.graphs.values() for item in (*graph.inputs, *graph.outputs)]
+    letters = {axis for item in tensors for axis in item.axes}
+    names = f"{' and '.join(manifest.graphs)} {'have' if len(manifest.graphs) > 1 else 'has'}"
+    return {
+        name: f"leave it out, for this artifact's {names} no {what} ({', '.join(needed)})"
+        for name, (needed, what) in _LETTERS.items()
+        if letters.isdisjoint(needed)
+    }
+
+
+def _out_of_range(size: Any, least: int, most: int) -> str | None:
+    right = type(size) is int and least <= size <= most
+    return None if right else f"expected an integer from {least} to {most}"
 
 
 def _samples(manifest: Manifest) -> Lengths:

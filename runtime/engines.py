@@ -7,7 +7,9 @@ A *set* is what one build makes: a plan for each graph, for one library and some
 the lengths that vary (graphs.AXES), each with the length that it is tuned for.
 """
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,15 @@ from txopt.runtime.artifact import Artifact
 from txopt.runtime.errors import ArtifactError, explain
 from txopt.runtime.files import FOLDER, read
 from txopt.runtime.graphs import AXES, TensorSpec
+from txopt.runtime.manifest import PRECISIONS, Manifest
 from txopt.runtime.strict_json import Fields, canonical, limited, parse, show
 
 FILE = f"{FOLDER}/engines.json"
 FORMAT = 1
 LARGEST = 1 << 20  # bytes of the file; hundreds of times what is needed
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
+GPU = re.compile(r"SM[0-9]{2,3}")
+_WORD = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
+_SHOWN = 4  # wrong names in a message
 Lengths = tuple[int, int, int]  # least, usual, most
 
 
@@ -58,7 +63,7 @@ class Profile:
                 )
             else:
                 axes[letter] = (lengths[0], lengths[1], lengths[2])
-        return cls(name=fields.text("name"), axes=axes)
+        return cls(name=_word(fields, "name", "step"), axes=axes)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "axes": {letter: list(lengths) for letter, lengths in self.axes.items()}}
@@ -90,7 +95,14 @@ class Plan:
             Profile.from_json(item, f"{where}.profiles[{i}]", problems)
             for i, item in enumerate(fields.items("profiles"))
         )
+        for key, tensors in (("inputs", inputs), ("outputs", outputs)):
+            problems += [
+                f"{where}.{key}: expected different names, found {show(name)} twice"
+                for name in _twice(item.name for item in tensors)
+            ]
         varying = {axis for item in (*inputs, *outputs) for axis in item.axes if isinstance(axis, str)}
+        if "S" in varying:
+            problems.append(f"{where}: expected the length of the cache in the place of S, found S")
         if not profiles:
             problems.append(f"{where}.profiles: expected at least one, found none")
         for profile in profiles:
@@ -144,8 +156,10 @@ class EngineSet:
         )
         fields = Fields(value, where, problems, keys)
         capabilities = fields.items("capabilities")
-        if not capabilities or any(type(one) is not str for one in capabilities):
-            problems.append(f"{where}.capabilities: expected names such as SM89, found {show(capabilities)}")
+        odd = [one for one in capabilities if type(one) is not str or not GPU.fullmatch(one)]
+        if odd or not capabilities:
+            found = ", ".join(map(show, odd[:_SHOWN])) or "none"
+            problems.append(f"{where}.capabilities: expected names such as SM89, found {found}")
         for key in ("any_version", "any_hardware"):
             if type(fields.get(key)) is not bool:
                 problems.append(f"{where}.{key}: expected true or false, found {show(fields.get(key))}")
@@ -157,7 +171,7 @@ class EngineSet:
             problems.append(f"{where}.plans: expected a plan for each graph, found none")
         return cls(
             runtime=fields.choice("runtime", LIBRARIES),
-            version=fields.text("version"),
+            version=_word(fields, "version", "1.7.1"),
             any_version=fields.get("any_version") is True,
             capabilities=tuple(map(str, capabilities)),
             any_hardware=fields.get("any_hardware") is True,
@@ -201,24 +215,46 @@ def engines_of(artifact: Artifact) -> tuple[EngineSet, ...]:
     except ArtifactError as err:
         raise ArtifactError(f"{FILE}: {err}") from err
     fields = Fields(document, "", problems, ("format", "sets"))
-    if fields.get("format") != FORMAT:
+    if type(fields.get("format")) is not int or fields.get("format") != FORMAT:
         raise ArtifactError(
             f"{FILE}: expected format {FORMAT}, found {show(fields.get('format'))}: build the engines again"
         )
     sets = tuple(EngineSet.from_json(one, f"sets[{i}]", problems) for i, one in enumerate(fields.items("sets")))
-    problems += [
-        f"sets[{i}].plans: expected {' and '.join(artifact.manifest.graphs)}, found {', '.join(one.plans) or 'none'}"
-        for i, one in enumerate(sets)
-        if one.plans.keys() != artifact.manifest.graphs.keys()
-    ]
-    problems += [
-        f"sets[{i}].plans.{name}.file: expected a .plan among the manifest's files, found {show(plan.file)}"
-        for i, one in enumerate(sets)
-        for name, plan in one.plans.items()
-        if plan.file not in artifact.manifest.files or not plan.file.endswith(".plan")
-    ]
+    problems += _contradictions(sets, artifact.manifest)
     if problems:
         raise ArtifactError(
             explain(f"{FILE}: does not describe this artifact's engines; build them again:", limited(problems))
         )
     return sets
+
+
+def _word(fields: Fields, key: str, example: str) -> str:
+    """A text that messages may hold as it is, for it cannot steer a terminal."""
+    text = fields.text(key)
+    if text and not _WORD.fullmatch(text):
+        fields.problems.append(
+            f"{fields.path(key)}: expected letters, digits, '.', '+', '_' or '-', such as {example}, found {show(text)}"
+        )
+    return text
+
+
+def _contradictions(sets: tuple[EngineSet, ...], manifest: Manifest) -> Iterator[str]:
+    """Where ``sets`` are not of the artifact with this manifest, or not of one another."""
+    for i, one in enumerate(sets):
+        if one.precision != manifest.precision and one.precision in PRECISIONS:
+            yield f"sets[{i}].precision: expected {manifest.precision}, as the manifest says, found {show(one.precision)}"
+        if (one.cache_length is None) != (manifest.cache is None):
+            expected = "null, for there is no decoder" if manifest.cache is None else "a number of places"
+            yield f"sets[{i}].cache_length: expected {expected}, found {show(one.cache_length)}"
+        if one.plans.keys() != manifest.graphs.keys():
+            found = ", ".join(map(show, one.plans)) or "none"
+            yield f"sets[{i}].plans: expected {' and '.join(manifest.graphs)}, found {found}"
+        for name, plan in one.plans.items():
+            if plan.file not in manifest.files or not plan.file.endswith(".plan"):
+                yield f"sets[{i}].plans.{name}.file: expected a .plan among the manifest's files, found {show(plan.file)}"
+    for file in _twice(plan.file for one in sets for plan in one.plans.values()):
+        yield f"sets: expected plans in different files, found {show(file)} twice"
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]

@@ -5,16 +5,15 @@ generate.py, and what an option does to scores is in processors.py and sampling.
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from operator import index
 from typing import Any
 
+from txopt.runtime.converters import Converter, convert, flag, integer, number, several
 from txopt.runtime.errors import UsageError, explain
 
 LENGTHS = ("max_length", "max_new_tokens")
 COLDEST = 1e-30  # temperature: float32 ends at 3e38, so scores up to 3e8 stay finite
-LARGEST = 2**63 - 1  # ids and lengths are int64
 MOST_BEAMS = 4096  # each keeps a cache of its own; nobody searches wider, and memory ends sooner
 
 
@@ -187,73 +186,21 @@ def _as_tuple(ids: int | Sequence[int] | None) -> tuple[int, ...]:
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
-Converter = Callable[[Any], Any]
-
-
-def _integer(minimum: int | None = None, largest: int | None = LARGEST) -> Converter:
-    expected = "an integer" if minimum is None else f"an integer, at least {minimum}"
-
-    def convert(value: Any) -> int:
-        try:
-            number = index(value)
-        except TypeError:
-            raise ValueError(expected) from None
-        if isinstance(value, bool) or (minimum is not None and number < minimum):
-            raise ValueError(expected)
-        if largest is not None and abs(number) > largest:
-            raise ValueError(f"{expected}, at most {largest}")
-        return number
-
-    return convert
-
-
-def _number(expected: str, holds: Callable[[float], bool]) -> Converter:
-    def convert(value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(expected) from None
-        if isinstance(value, bool | str) or not holds(number):
-            raise ValueError(expected)
-        return number
-
-    return convert
-
-
-def _flag(value: Any) -> bool:
-    if value not in (True, False):
-        raise ValueError("True or False")
-    return bool(value)
-
-
 def _early_stopping(value: Any) -> bool | str:
     if value == "never":
         return "never"
     try:
-        return _flag(value)
+        return flag(value)
     except ValueError:
         raise ValueError("True, False or 'never'") from None
 
 
-def _several(convert: Converter, expected: str, least: int = 0) -> Converter:
-    def convert_all(values: Any) -> tuple[Any, ...]:
-        try:
-            converted = tuple(convert(value) for value in values)
-        except (TypeError, ValueError):
-            raise ValueError(expected) from None
-        if len(converted) < least:
-            raise ValueError(expected)
-        return converted
-
-    return convert_all
-
-
 def _id_or_ids(minimum: int | None) -> Converter:
     expected = "a token id or a list of them" + ("" if minimum is None else f", each at least {minimum}")
-    several = _several(_integer(minimum), expected)
+    tokens = several(integer(minimum), expected)
 
     def convert(value: Any) -> tuple[int, ...] | None:
-        return several(value if hasattr(value, "__iter__") else (value,)) or None
+        return tokens(value if hasattr(value, "__iter__") else (value,)) or None
 
     return convert
 
@@ -261,67 +208,61 @@ def _id_or_ids(minimum: int | None) -> Converter:
 def _decay(value: Any) -> tuple[int, float]:
     try:
         start, factor = value
-        return _integer()(start), _finite(factor)
+        return integer()(start), _finite(factor)
     except (TypeError, ValueError):
         raise ValueError("(start index, decay factor)") from None
 
 
-_finite = _number("a finite number", lambda number: number == number and abs(number) != float("inf"))
-_positive = _number("a number above 0", lambda number: 0 < number < float("inf"))
-_share = _number("a number from 0 to 1", lambda number: 0 <= number <= 1)
-_cutoff = _number("a number from 0 to 1, 1 excluded", lambda number: 0 <= number < 1)
-_count, _natural, _token = _integer(1), _integer(0), _integer(0)
-_ids = _several(_integer(), "a list of token ids")
+_finite = number("a finite number", lambda number: number == number and abs(number) != float("inf"))
+_positive = number("a number above 0", lambda number: 0 < number < float("inf"))
+_share = number("a number from 0 to 1", lambda number: 0 <= number <= 1)
+_cutoff = number("a number from 0 to 1, 1 excluded", lambda number: 0 <= number < 1)
+_count, _natural, _token = integer(1), integer(0), integer(0)
+_ids = several(integer(), "a list of token ids")
 
 _CONVERTERS: dict[str, Converter] = {
     "max_length": _count,
     "max_new_tokens": _count,
     "min_length": _natural,
     "min_new_tokens": _natural,
-    "do_sample": _flag,
-    "num_beams": _integer(1, MOST_BEAMS),
+    "do_sample": flag,
+    "num_beams": integer(1, MOST_BEAMS),
     "num_return_sequences": _count,
     "early_stopping": _early_stopping,
     "length_penalty": _finite,
-    "bos_token_id": _integer(),
+    "bos_token_id": integer(),
     "decoder_start_token_id": _token,
-    "pad_token_id": _integer(),
+    "pad_token_id": integer(),
     "eos_token_id": _id_or_ids(None),  # as in transformers, a negative one never comes
     "forced_bos_token_id": _token,
     "forced_eos_token_id": _id_or_ids(0),
     "suppress_tokens": _ids,
     "begin_suppress_tokens": _ids,
-    "bad_words_ids": _several(_several(_token, "", least=1), "a list of lists of token ids, none empty", least=1),
+    "bad_words_ids": several(several(_token, "", least=1), "a list of lists of token ids, none empty", least=1),
     "repetition_penalty": _positive,
     "encoder_repetition_penalty": _positive,
     "no_repeat_ngram_size": _natural,
     "encoder_no_repeat_ngram_size": _natural,
     "exponential_decay_length_penalty": _decay,
-    "remove_invalid_values": _flag,
-    "renormalize_logits": _flag,
-    "temperature": _number("a number, at least 0", lambda number: 0 <= number < float("inf")),
+    "remove_invalid_values": flag,
+    "renormalize_logits": flag,
+    "temperature": number("a number, at least 0", lambda number: 0 <= number < float("inf")),
     "top_k": _natural,
     "top_p": _share,
     "min_p": _share,
-    "typical_p": _number("a number above 0, at most 1", lambda number: 0 < number <= 1),
+    "typical_p": number("a number above 0, at most 1", lambda number: 0 < number <= 1),
     "epsilon_cutoff": _cutoff,
     "eta_cutoff": _cutoff,
-    "seed": _integer(0, largest=None),
-    "clip_length": _flag,
+    "seed": integer(0, largest=None),
+    "clip_length": flag,
 }
 
 
 def _checked(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The values converted, and everything that is wrong with them."""
-    converted: dict[str, Any] = {}
-    problems: list[str] = []
-    for name, value in values.items():
-        try:
-            # None is the default of those that may be unset, and never a value of the others.
-            unset = value is None and getattr(GenerationOptions, name) is None
-            converted[name] = None if unset else _CONVERTERS[name](value)
-        except ValueError as err:
-            problems.append(f"{name}: expected {err}, got {value!r}")
+    # None is the default of those that may be unset, and never a value of the others.
+    optional = [name for name in values if getattr(GenerationOptions, name) is None]
+    converted, problems = convert(values, _CONVERTERS, optional)
     return converted, problems or _contradictions(converted)
 
 

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from txopt.runtime.artifact import Artifact
+from txopt.runtime.engines import engines_of
+from txopt.runtime.errors import ArtifactError
 from txopt.runtime.graphs import SOURCE_AXES
 from txopt.runtime.parity import ParityReport, reference_of
 
 
 def of_artifact(artifact: Artifact, shown: str | None = None) -> tuple[dict[str, Any], str]:
-    """(document, text): sizes, operators, fusions, parity; ``shown`` is the user's own name for its directory."""
+    """(document, text): sizes, operators, fusions, engines, parity; ``shown`` is the user's own name for its directory."""
     manifest = artifact.manifest
     sizes = {name: entry.size for name, entry in sorted(manifest.files.items())}
     total = sum(sizes.values())
@@ -32,6 +34,10 @@ def of_artifact(artifact: Artifact, shown: str | None = None) -> tuple[dict[str,
             lines.append(f"    {operator}: {report['fused']} fused by pattern, {len(report['refused'])} refused")
             lines += [f"      {reason}" for reason in (*report["refused"], *_proof(report))]
     lines += _rounding(manifest.calibration)
+    engines, engines_problem = _engines(artifact)
+    lines += [line for one in engines or () for line in _engine_set(one, sizes)]
+    if engines_problem is not None:
+        lines.append("  engines that cannot be read: " + engines_problem.replace("\n", "\n    "))
     lines.append("  " + _parity_line(manifest.parity, reference_of(manifest)))
     document = {
         "path": str(artifact.path),
@@ -44,9 +50,30 @@ def of_artifact(artifact: Artifact, shown: str | None = None) -> tuple[dict[str,
         "bytes": total,
         "fusion": manifest.fusion,
         "calibration": manifest.calibration,
+        "engines": engines,
+        "engines_problem": engines_problem,
         "parity": manifest.parity,
     }
     return document, "\n".join(lines)
+
+
+def _engines(artifact: Artifact) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """The sets of engines.json; None, and why, where this version cannot read it, for the graphs run without."""
+    try:
+        return [one.to_json() for one in engines_of(artifact)], None
+    except ArtifactError as err:
+        return None, str(err)
+
+
+def _engine_set(one: dict[str, Any], sizes: Mapping[str, int]) -> list[str]:
+    version = f"{one['version']}{' and later' if one['any_version'] else ''}"
+    hardware = f"{', '.join(one['capabilities'])}{' and later' if one['any_hardware'] else ''}"
+    cache = "" if one["cache_length"] is None else f", cache of {one['cache_length']} places"
+    lines = [f"  engines of {one['runtime']} {version} for {hardware}, in {one['precision']}{cache}"]
+    for plan in one["plans"].values():
+        lines.append(f"    {plan['file']}: {megabytes(sizes[plan['file']])}")
+        lines += [f"      profile {_profile(profile)}" for profile in plan["profiles"]]
+    return lines
 
 
 def _rounding(found: Any) -> list[str]:
@@ -152,8 +179,7 @@ def of_planned(document: dict[str, Any]) -> str:
     sizes = document["sizes"]
     lines = [
         f"{document['artifact']}: would be built in {document['precision']} with {document['runtime']} for {for_whom}",
-        f"  at most {sizes['batch']} sources{_of_length(document)}, {sizes['beams']} beams, prompts of {sizes['prompt']}, "
-        f"{sizes['cache']} tokens in the cache",
+        f"  at most {sizes['batch']} sources{_of_length(document)}{_of_decoder(document)}",
     ]
     for plan in document["plans"].values():
         lines.append(f"  {plan['file']}: {sum(plan['nodes'].values())} nodes")
@@ -168,8 +194,18 @@ def of_planned(document: dict[str, Any]) -> str:
 
 def _of_length(document: dict[str, Any]) -> str:
     """How long sources may be, where that varies."""
-    axes = {axis for plan in document["plans"].values() for profile in plan["profiles"] for axis in profile["axes"]}
-    return f" of {document['sizes']['source']}" if axes & set(SOURCE_AXES) else ""
+    return f" of {document['sizes']['source']}" if _axes(document) & set(SOURCE_AXES) else ""
+
+
+def _of_decoder(document: dict[str, Any]) -> str:
+    """The sizes that only a decoder has, which alone takes new tokens (Q)."""
+    sizes = document["sizes"]
+    told = f", {sizes['beams']} beams, prompts of {sizes['prompt']}, {sizes['cache']} tokens in the cache"
+    return told if "Q" in _axes(document) else ""
+
+
+def _axes(document: dict[str, Any]) -> set[str]:
+    return {axis for plan in document["plans"].values() for profile in plan["profiles"] for axis in profile["axes"]}
 
 
 def of_engines(document: dict[str, Any]) -> str:

@@ -13,8 +13,10 @@ import pytest
 from tests.exporter.test_engine import SMALL, Make, built  # noqa: F401 - a fixture
 from tests.runtime.artifacts import tree
 from txopt.benchmarks.engine_graphs import graphs
+from txopt.cli import main
 from txopt.exporter import engine, engines, weights
 from txopt.exporter.engine import Engine, Switches
+from txopt.exporter.engines import Options
 from txopt.exporter.lowering import tensorrt
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.fitting import fitting
@@ -68,6 +70,32 @@ def test_engines_that_this_version_cannot_read_are_replaced(
     engines.build(tmp_path / "artifact", None, replace(SMALL, capabilities=("SM80",)))
     assert [one.capabilities for one in engines_of(Artifact.open(tmp_path / "artifact"))] == [("SM80",)]
     assert "cannot be read, and are replaced: of a later version" in caplog.text
+
+
+def test_another_version_builds_anew_and_replaces_what_was_for_the_same_gpus(
+    artifacts: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans that are kept are of one version; an artifact has no two of the same library and GPUs."""
+    library = ["1.7.1"]
+
+    class Versioned(Engine):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.version = library[0]
+
+        def build(self, *_: Any, **__: Any) -> tuple[engine.Built, None]:
+            return engine.Built(plan=self.version.encode(), layers={}, float_casts=0, apart=0), None
+
+    monkeypatch.setattr(engines, "Engine", Versioned)
+    shutil.copytree(artifacts("bart").path, tmp_path / "artifact")
+    asked = replace(SMALL, kept=tmp_path / "kept")
+    found = []
+    for library[0] in ("1.7.1", "1.7.1", "1.8.0"):
+        made = engines.build(tmp_path / "artifact", None, asked)
+        (one,) = engines_of(made.artifact)
+        plan = made.artifact.file(one.plans["decoder"].file).read_bytes()
+        found.append((one.version, plan, made.builds["decoder"]["kept"]))
+    assert found == [("1.7.1", b"1.7.1", False), ("1.7.1", b"1.7.1", True), ("1.8.0", b"1.8.0", False)]
 
 
 def test_of_two_sets_for_a_gpu_the_later_one_serves(built: Artifact) -> None:  # noqa: F811
@@ -124,9 +152,25 @@ def test_a_dry_run_knows_the_gpus(artifacts: Make) -> None:
     path = artifacts("bart").path
     with pytest.raises(UsageError, match=r"capability: expected GPUs among SM75, .*, got SM90"):
         engines.plan(path, replace(SMALL, capabilities=("SM90",)))
-    with pytest.raises(UsageError, match="capability: expected GPUs such as SM90, got bogus"):
+    with pytest.raises(UsageError, match="capability: expected GPUs such as SM90, got 'bogus'"):
         engines.plan(path, replace(SMALL, runtime="tensorrt", capabilities=("SM90", "bogus")))
     assert engines.plan(path, replace(SMALL, capabilities=("SM89", "SM89")))["capabilities"] == ["SM89"]
+
+
+@pytest.mark.parametrize("dry", [("--dry-run",), ()], ids=["dry run", "build"])
+def test_the_command_refuses_the_sizes_of_a_decoder_where_there_is_none(
+    dry: tuple[str, ...], artifacts: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = artifacts("bert").path
+    before = tree(path)
+    with pytest.raises(SystemExit) as done:
+        main(["engine", str(path), "--capability", "SM89", "--max-beams", "4", "--cache-length", "24", "--quiet", *dry])
+    assert done.value.code == 2
+    said = capsys.readouterr().err
+    assert "--max-beams: leave it out, for this artifact's encoder has no rows of beams (R), got 4" in said
+    assert "--cache-length: leave it out, for this artifact's encoder has no cache (S), got 24" in said
+    assert tree(path) == before
+    assert engines.plan(path, Options(capabilities=("SM89",), batch=2, source=16))["plans"].keys() == {"encoder"}
 
 
 def test_an_input_that_nothing_reads_is_given_back(artifacts: Make, tmp_path: Path) -> None:

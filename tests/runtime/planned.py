@@ -40,11 +40,14 @@ def planned(
     """``artifact`` with one set of engines, as a new one.
 
     Args:
-        dtype: of floats at the engines' borders but logits; None: the graphs' own.
+        dtype: of floats at the engines' borders but logits, and what the new artifact says to be in; None: the graphs' own.
         found_too: the decoder looks for likely tokens itself.
         ranges: of lengths, otherwise than LENGTHS.
         facts: what the set says otherwise.
     """
+    if dtype is not None:
+        precision = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+        artifact = replace(artifact, manifest=replace(artifact.manifest, precision=precision))
     plans, contents = {}, {}
     for name, graph in artifact.manifest.graphs.items():
         plan = _plan(name, graph, cache_length, dtype, found_too, {**LENGTHS, **(ranges or {})})
@@ -57,7 +60,7 @@ def planned(
         any_version=False,
         capabilities=("SM89",),
         any_hardware=False,
-        precision=artifact.manifest.precision if dtype is None else {"float16": "fp16", "bfloat16": "bf16"}[dtype],
+        precision=artifact.manifest.precision,
         cache_length=cache_length if "decoder" in plans else None,
         plans=plans,
     )
