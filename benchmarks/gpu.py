@@ -39,7 +39,6 @@ from txopt.runtime.errors import TxoptError
 BATCHES, NEW_TOKENS, FEW_TOKENS, REPEATS = (1, 8, 64), 64, 8, 5
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx-cu13-bindings", "tensorrt")
 RESULTS = Path(__file__).resolve().parent / "results"
-LIMITS = {"max-batch": 64, "max-beams": 1, "cache-length": 128}
 
 
 class Bench:
@@ -141,8 +140,9 @@ class Bench:
 
         def tensorrt() -> Generate:
             out = self.work / f"{name}-tensorrt"
-            export(model, out, target="tensorrt", precision=precision)
-            gpu_roads.build_engines(out, self.runtime, self.capability, {**LIMITS, "max-source": subject.source})
+            made = export(model, out, target="tensorrt", precision=precision)
+            limits = gpu_models.limits(made.manifest, subject.source)
+            gpu_roads.build_engines(out, self.runtime, self.capability, limits)
             gpu_roads.verified(out, "tensorrt")  # in another process, before this one loads what may crash it
             return gpu_roads.txopt_road(out, "tensorrt")
 

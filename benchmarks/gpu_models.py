@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from txopt.benchmarks import foreign_models
+from txopt.runtime.manifest import Manifest
 
 FAMILIES = ("T5", "BART", "Marian", "M2M100", "Whisper", "TrOCR")
 # Heads of 64, the smallest for which TensorRT has kernels of its own.
@@ -63,6 +64,12 @@ SUBJECTS = {
     "Whisper-large-v3-turbo": Subject(make=_whisper_turbo, source=1500),
 }
 REHEARSED = {"T5 of toy size": Subject(make=lambda: small("T5"), source=16)}
+
+
+def limits(manifest: Manifest, source: int) -> dict[str, int]:
+    """The sizes that engines are built for, by the options of ``txopt engine``; a source of one length has none."""
+    varies = any("T" in item.axes for item in manifest.graphs["encoder"].outputs)
+    return {"max-batch": 64, "max-beams": 1, "cache-length": 128, **({"max-source": source} if varies else {})}
 
 
 def build(subject: Subject) -> Any:

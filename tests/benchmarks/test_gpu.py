@@ -11,6 +11,7 @@ import pytest
 from txopt.benchmarks import gpu_models
 from txopt.benchmarks.gpu_bytes import step_bytes
 from txopt.exporter.pipeline import export
+from txopt.exporter.profiles import Sizes
 from txopt.runtime.artifact import Artifact
 
 
@@ -31,7 +32,17 @@ def test_the_rehearsal_runs_to_its_end() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gpu_models.FAMILIES)
 def test_every_family_that_a_gpu_is_asked_about_can_be_exported(name: str, tmp_path: Path) -> None:
-    assert export(gpu_models.small(name), tmp_path / "out").manifest.parity["passed"]
+    made = export(gpu_models.small(name), tmp_path / "out", target="tensorrt")
+    assert made.manifest.parity["passed"]
+    sizes = gpu_models.limits(made.manifest, 16) | {"cache-length": 64}  # the small models' own
+    Sizes.of(
+        made.manifest,
+        batch=sizes["max-batch"],
+        beams=sizes["max-beams"],
+        source=sizes.get("max-source"),
+        prompt=8,
+        cache=sizes["cache-length"],
+    )
 
 
 def test_a_step_reads_weights_once_and_caches_by_row(artifacts: Callable[[str], Artifact]) -> None:
