@@ -21,6 +21,7 @@ from txopt.exporter.fusion import (
     reshape,
     rms_norm,
     rotary,
+    saturation,
     scale,
     softmax,
     windows,
@@ -31,6 +32,7 @@ from txopt.exporter.fusion.report import NOTHING, Report
 
 # What graphs from any exporter are searched for.
 FOREIGN: tuple[Fusion, ...] = (
+    saturation.fuse,  # before reductions, one of which it takes away
     reductions.fuse,  # before whatever looks for means, sums and largest numbers
     layer_norm.fuse,  # before root-mean-square norms, which look the same from the differences on
     rms_norm.fuse,
