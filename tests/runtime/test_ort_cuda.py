@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from tests.runtime.far import Far
 from txopt.runtime import row_decoder
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends import captures, ort
@@ -65,19 +66,12 @@ def test_where_no_graph_can_go_there_are_no_more() -> None:
     assert number(graphs.options(0, again=True)) == 1
 
 
-class Far(ort.Runner):
-    """Its tensors lie where nobody else sees them, as on a GPU, and its decoder records graphs, which the CPU leaves out."""
+class Recording(Far):
+    """Its decoder records graphs, which the CPU's provider leaves out."""
 
     def __init__(self, *arguments: Any, repeats: bool, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._on_host = False
         self._captures = Captures(Releasing()) if repeats else None
-
-    def tensor(self, array: Any, dtype: str | None = None) -> Any:
-        return super().tensor(array.copy(), dtype)
-
-    def view(self, value: Any) -> Any:
-        return super().view(value).copy()
 
 
 def test_steps_are_recorded_and_prompts_are_not(g2p: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +85,7 @@ def test_steps_are_recorded_and_prompts_are_not(g2p: Artifact, monkeypatch: pyte
         run(session, binding, options)
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", noted)
-    monkeypatch.setattr(ort, "Runner", Far)
+    monkeypatch.setattr(ort, "Runner", Recording)
     model = load(g2p.path, threads=1)
     got = model.generate(**SOURCE, **TWENTY).sequences
     np.testing.assert_array_equal(got, expected)
@@ -146,7 +140,7 @@ def test_cuda_that_cannot_be_used_is_not_the_cpu(g2p: Artifact, monkeypatch: pyt
 
 
 def test_a_failing_graph_says_how_to_do_without(g2p: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort, "Runner", Far)
+    monkeypatch.setattr(ort, "Runner", Recording)
     decoder = load(g2p.path, threads=1)
     encoded = decoder.encode(**SOURCE)
     rows = decoder.decode(encoded)
