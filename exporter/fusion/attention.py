@@ -9,7 +9,7 @@ Found from its Softmax, by meaning rather than by one spelling:
     K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew; so Q^T
     scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
     mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
-    around   Cast between floats, Identity, Dropout out of training, torch's, Keras' and ESPnet's guards for rows that mask everything;
+    around   Cast between floats, Identity, Dropout out of training, guards for rows that mask everything (attention_guards.py);
              Transpose, undone before V, with scales, masks and the Softmax along the keys in between; masks are transposed with
              the scores
 
@@ -20,9 +20,9 @@ mask; one that drowns every score (-1e9) is added. Rows that mask everything are
 Keys and values that are repeated for groups of heads stay repeated: groups.py sees to them.
 
 Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, a mask that makes the
-scores longer, columns joined to the scores (a sink) or cut from the probabilities, other operators in between, results inside that
-something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a MatMul of two computed values
-before it, or without one after it, is no attention and no refusal.
+scores longer, columns joined to the scores (a sink) or cut from the probabilities, a guard that puts another number than zero, other
+operators in between, results inside that something else reads, batches or heads that broadcast, ranks that are not known. A Softmax
+without a MatMul of two computed values before it, or without one after it, is no attention and no refusal.
 """
 
 import math
@@ -32,16 +32,8 @@ import onnx_ir as ir
 from txopt.exporter.algebra import product
 from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.attention_chain import Chain, Refusal, input_of
-from txopt.exporter.fusion.attention_path import (
-    Step,
-    after,
-    before,
-    changes_nothing,
-    guards,
-    shapes_of_fills,
-    untransposed,
-    zeroes,
-)
+from txopt.exporter.fusion.attention_guards import guards, zeroes
+from txopt.exporter.fusion.attention_path import Step, after, before, changes_nothing, shapes_of_fills, untransposed
 from txopt.exporter.fusion.attention_rewrite import Block, rewrite
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.shapes import differ, length, number_of, rank_of
@@ -138,7 +130,7 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
             raise Refusal(f"{step.node.name} cuts the probabilities, which then no longer sum to one")
         elif step.node not in guard and not changes_nothing(step.node):
             raise Refusal(f"{step.node.name} changes the probabilities")
-        _check_alone(step.node, reader, set())
+        _check_alone(step.node, reader, guard)
     axes = tuple(range(chain.rank))
     if chain.order not in (None, (*axes[:-2], axes[-1], axes[-2])):
         raise Refusal("V meets the probabilities transposed")

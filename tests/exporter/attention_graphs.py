@@ -54,6 +54,7 @@ CONSTANTS: dict[str, Array] = {
     "minus": np.array(-0.5, np.float32),
     "zero": np.array(0, np.float32),
     "lowest": np.array(np.finfo(np.float32).min, np.float32),
+    "most": np.array(np.finfo(np.float32).max, np.float32),
     "infinite": np.array(-np.inf, np.float32),
     "billion": np.array(-1e9, np.float32),
     "thousands": np.array(-1e4, np.float32),
@@ -91,7 +92,7 @@ def model(nodes: str, dtype: str = "float") -> ir.Model:
         node.name = f"block/{node.op_type}_{index}"
     for name in sorted(words & CONSTANTS.keys()):
         value = CONSTANTS[name]
-        if value.dtype == np.float32 and dtype == "float16" and name not in ("ratio", "lowest"):
+        if value.dtype == np.float32 and dtype == "float16" and name not in ("ratio", "lowest", "most"):
             value = value.astype(np.float16)
         proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))

@@ -102,6 +102,28 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         1,
         {},
     ),
+    "guarded by IsNaN, with zeros in the shape of the probabilities": (
+        S
+        + "w = Where(keep, s, infinite) p = Softmax(w) n = IsNaN(p) l = Shape(p) f = Expand(zero, l) g = Where(n, f, p) "
+        "y = MatMul(g, v)",
+        1,
+        {},
+    ),
+    "guarded by nan_to_num, as the new exporter writes it": (
+        S
+        + "w = Where(keep, s, infinite) p = Softmax(w) n = IsNaN(p) g = Where(n, zero, p) i = IsInf(p) l = Less(p, zero) "
+        "a = And(l, i) h = Where(a, lowest, g) m = Greater(p, zero) b = And(m, i) j = Where(b, most, h) y = MatMul(j, v)",
+        1,
+        {},
+    ),
+    "guarded by nan_to_num, as the old exporter writes it": (
+        S
+        + "w = Where(keep, s, infinite) p = Softmax(w) n = IsNaN(p) g = Where(n, zero, p) c = Cast<to=1>(g) i = IsInf(c) "
+        "m = Greater(g, zero) d = Cast<to=9>(i) e = Cast<to=9>(m) a = And(d, e) h = Where(a, most, g) f = Cast<to=1>(h) "
+        "o = IsInf(f) l = Less(h, zero) t = And(o, l) j = Where(t, lowest, h) y = MatMul(j, v)",
+        1,
+        {},
+    ),
     "guarded by the mask once more": (
         S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, p, zero) y = MatMul(g, v)",
         1,
@@ -219,7 +241,18 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
         S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, p, one) y = MatMul(g, v)",
         "changes the probabilities",
     ),
-    "guarded by ones": (S + "p = Softmax(s) n = IsNaN(p) g = Where(n, one, p) y = MatMul(g, v)", "p is read elsewhere"),
+    "guarded by ones": (
+        S + "p = Softmax(s) n = IsNaN(p) g = Where(n, one, p) y = MatMul(g, v)",
+        "block/Where_4 fills rows that mask everything with 1, the operator with zeros",
+    ),
+    "large probabilities changed behind a guard": (
+        S + "p = Softmax(s) n = IsNaN(p) g = Where(n, zero, p) m = Greater(p, half) j = Where(m, zero, g) y = MatMul(j, v)",
+        "read elsewhere",
+    ),
+    "a guard that something else reads": (
+        S + "p = Softmax(s) n = IsNaN(p) g = Where(n, zero, p) x = MatMul(g, v) r = ReduceMax(g) y = Add(x, r)",
+        "g is read elsewhere",
+    ),
     "one head of K for all, not of V": ("kt = Transpose<perm=[0,1,3,2]>(k_one) s = MatMul(q, kt) " + P.format("s"), "the heads"),
     "one head of K for each group, not of V": (
         "kt = Transpose<perm=[0,1,2,4,3]>(k5_one) s = MatMul(q5, kt) " + P5.format("s"),

@@ -59,6 +59,16 @@ class Sink(nn.Module):
         return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
 
 
+class GuardedByNanToNum(nn.Module):
+    """Nothing is kept for the first query, whose probabilities become zeros."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        hidden = torch.arange(k.shape[2]) >= torch.arange(q.shape[2])[:, None]
+        scores = (q @ k.transpose(-1, -2) * 0.5).masked_fill(hidden, -torch.inf)
+        return torch.nan_to_num(scores.softmax(-1)) @ v
+
+
 class Norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +109,7 @@ MODULES: dict[type[nn.Module], tuple[str, str]] = {
     KeysByQueries: ("Attention", ""),
     ByHand: ("Attention", ""),
     OffByOne: ("Softmax", "adds to the sum of exponentials (a sink)"),
+    GuardedByNanToNum: ("Attention", ""),
     Sink: ("Attention", "adds to the scores (a sink, or other keys)"),
     Variance: ("LayerNormalization", ""),
     VarianceAndMean: ("LayerNormalization", ""),
