@@ -97,61 +97,6 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         1,
         {},
     ),
-    "guarded by IsNaN": (
-        S + "w = Where(keep, s, infinite) p = Softmax(w) n = IsNaN(p) g = Where(n, zero, p) y = MatMul(g, v)",
-        1,
-        {},
-    ),
-    "guarded by IsNaN, with zeros in the shape of the probabilities": (
-        S
-        + "w = Where(keep, s, infinite) p = Softmax(w) n = IsNaN(p) l = Shape(p) f = Expand(zero, l) g = Where(n, f, p) "
-        "y = MatMul(g, v)",
-        1,
-        {},
-    ),
-    "guarded by nan_to_num, as the new exporter writes it": (
-        S
-        + "w = Where(keep, s, infinite) p = Softmax(w) n = IsNaN(p) g = Where(n, zero, p) i = IsInf(p) l = Less(p, zero) "
-        "a = And(l, i) h = Where(a, lowest, g) m = Greater(p, zero) b = And(m, i) j = Where(b, most, h) y = MatMul(j, v)",
-        1,
-        {},
-    ),
-    "guarded by nan_to_num, as the old exporter writes it": (
-        S
-        + "w = Where(keep, s, infinite) p = Softmax(w) n = IsNaN(p) g = Where(n, zero, p) c = Cast<to=1>(g) i = IsInf(c) "
-        "m = Greater(g, zero) d = Cast<to=9>(i) e = Cast<to=9>(m) a = And(d, e) h = Where(a, most, g) f = Cast<to=1>(h) "
-        "o = IsInf(f) l = Less(h, zero) t = And(o, l) j = Where(t, lowest, h) y = MatMul(j, v)",
-        1,
-        {},
-    ),
-    "guarded by the mask once more": (
-        S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, p, zero) y = MatMul(g, v)",
-        1,
-        {},
-    ),
-    "guarded by the mask once more, beside a bias": (
-        S + "w = Where(keep, s, billion) a = Add(w, bias) p = Softmax(a) g = Where(keep, p, zero) y = MatMul(g, v)",
-        1,
-        {"Add": 1, "Where": 1},
-    ),
-    "guarded by the mask once more, which says what is hidden": (
-        S + "h = Not(keep) w = Where(h, lowest, s) p = Softmax(w) g = Where(h, zero, p) y = MatMul(g, v)",
-        1,
-        {"Not": 2},
-    ),
-    "guarded where all is masked": (
-        S
-        + "w = Where(keep, s, infinite) p = Softmax(w) e = Equal(w, infinite) c = Cast<to=7>(e) r = ReduceMin<keepdims=1>(c, keys) "
-        "n = Cast<to=9>(r) g = Where(n, zero, p) y = MatMul(g, v)",
-        1,
-        {},
-    ),
-    "guarded where not any is left": (
-        S + "w = Where(keep, s, infinite) p = Softmax(w) e = Equal(infinite, w) o = Not(e) c = Cast<to=7>(o) "
-        "r = ReduceMax<keepdims=1>(c, keys) a = Cast<to=9>(r) n = Not(a) g = Where(n, zero, p) y = MatMul(g, v)",
-        1,
-        {},
-    ),
     "one head of K and V for all": (
         "kt = Transpose<perm=[0,1,3,2]>(k_one) s = MatMul(q, kt) p = Softmax(s) y = MatMul(p, v_one)",
         1,
@@ -209,7 +154,6 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
 NEAR_MISSES: dict[str, tuple[str, str]] = {
     "another axis": (S + "p = Softmax<axis=2>(s) y = MatMul(p, v)", "its axis is 2"),
     "scaled after the mask": (S + "a = Add(s, bias) m = Mul(a, half) " + P.format("m"), "scales after the mask"),
-    "a scale that is computed": (S + "f = Cast<to=1>(rows) m = Mul(s, f) " + P.format("m"), "no constant"),
     "a negative scale": (S + "m = Mul(s, minus) " + P.format("m"), "not positive"),
     "by the scores": (S + "m = Div(two, s) " + P.format("m"), "no constant"),
     "from a bias": (S + "a = Sub(bias, s) " + P.format("a"), "subtracts the scores"),
@@ -225,34 +169,6 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
     "a fill beside which scores show": (S + "w = Where(keep, s, thousands) " + P.format("w"), "-10000"),
     "a fill that is computed": (S + "w = Where(keep, s, bias) " + P.format("w"), "fills with what is no constant"),
     "a floor above some scores": (S + "m = Max(s, zero) " + P.format("m"), "fills with 0"),
-    "guarded by another mask": (
-        S + "w = Where(keep, s, billion) h = Not(hide) p = Softmax(w) g = Where(h, p, zero) y = MatMul(g, v)",
-        "changes the probabilities by another mask than the scores'",
-    ),
-    "guarded by what the scores' mask keeps": (
-        S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, zero, p) y = MatMul(g, v)",
-        "changes the probabilities by another mask than the scores'",
-    ),
-    "guarded by a mask that only the probabilities have": (
-        S + "p = Softmax(s) g = Where(keep, p, zero) y = MatMul(g, v)",
-        "changes the probabilities by another mask than the scores'",
-    ),
-    "guarded by its mask, and by more than zeros": (
-        S + "w = Where(keep, s, billion) p = Softmax(w) g = Where(keep, p, one) y = MatMul(g, v)",
-        "changes the probabilities",
-    ),
-    "guarded by ones": (
-        S + "p = Softmax(s) n = IsNaN(p) g = Where(n, one, p) y = MatMul(g, v)",
-        "block/Where_4 fills rows that mask everything with 1, the operator with zeros",
-    ),
-    "large probabilities changed behind a guard": (
-        S + "p = Softmax(s) n = IsNaN(p) g = Where(n, zero, p) m = Greater(p, half) j = Where(m, zero, g) y = MatMul(j, v)",
-        "read elsewhere",
-    ),
-    "a guard that something else reads": (
-        S + "p = Softmax(s) n = IsNaN(p) g = Where(n, zero, p) x = MatMul(g, v) r = ReduceMax(g) y = Add(x, r)",
-        "g is read elsewhere",
-    ),
     "one head of K for all, not of V": ("kt = Transpose<perm=[0,1,3,2]>(k_one) s = MatMul(q, kt) " + P.format("s"), "the heads"),
     "one head of K for each group, not of V": (
         "kt = Transpose<perm=[0,1,2,4,3]>(k5_one) s = MatMul(q5, kt) " + P5.format("s"),

@@ -69,6 +69,19 @@ class GuardedByNanToNum(nn.Module):
         return torch.nan_to_num(scores.softmax(-1)) @ v
 
 
+class LogitScale(nn.Module):
+    """Swin v2: cosines of queries and keys, times a learned number for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor([2.0, 6.0]).view(2, 1, 1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-1, -2)
+        return (scores * self.logit_scale.clamp(max=4.6).exp()).softmax(-1) @ v
+
+
 class Norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -110,6 +123,7 @@ MODULES: dict[type[nn.Module], tuple[str, str]] = {
     ByHand: ("Attention", ""),
     OffByOne: ("Softmax", "adds to the sum of exponentials (a sink)"),
     GuardedByNanToNum: ("Attention", ""),
+    LogitScale: ("Attention", ""),
     Sink: ("Attention", "adds to the scores (a sink, or other keys)"),
     Variance: ("LayerNormalization", ""),
     VarianceAndMean: ("LayerNormalization", ""),
