@@ -106,6 +106,13 @@ class VarianceAndMean(Norm):
         return (x - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
 
 
+class ByMoments(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x * x).mean(-1, keepdim=True) - mean * mean
+        return (x - mean) * torch.rsqrt(variance.clamp(min=0) + 1e-5) * self.weight + self.bias
+
+
 class SumOfSquares(Norm):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6) * self.weight
@@ -128,6 +135,7 @@ MODULES: dict[type[nn.Module], tuple[str, str]] = {
     Variance: ("LayerNormalization", ""),
     VarianceAndMean: ("LayerNormalization", ""),
     Unbiased: ("LayerNormalization", "the variance is multiplied by 1.14286, as by torch's x.var() of 8"),
+    ByMoments: ("LayerNormalization", "which cancels where the mean is large"),
     SumOfSquares: ("RMSNormalization", "sums the squares, the operator averages them"),
     MeanBySum: ("RMSNormalization", ""),
 }
