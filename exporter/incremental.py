@@ -81,9 +81,8 @@ class Incremental(nn.Module):
         """Raises SourceError where tokens meet a table of pairs of positions, and attention does not: a mask, most often."""
         if len(table.axes) < 2:
             return
-        order = {node: index for index, node in enumerate(self.graph.graph.nodes)}
-        later = (self._unknown[node] for node in order if node in self._unknown and order[node] > order[user])
-        obstacle = next(later, None)
+        softmax = written_attention.softmax_of(user, self._unknown)
+        obstacle = None if softmax is None else self._unknown[softmax]
         advice = (
             "" if obstacle is None else f"; its softmax is no attention that is known, because of {place(obstacle)}"
         )
