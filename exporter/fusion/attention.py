@@ -150,9 +150,10 @@ def _check_alone(node: ir.Node, reader: ir.Node, beside: set[ir.Node]) -> None:
     value = node.outputs[0]
     if value.is_graph_output():
         raise Refusal(f"{value.name} is an output of the graph")
-    others = [user for user, _ in value.uses() if user not in beside or user is reader]
-    if others != [reader]:
-        raise Refusal(f"{value.name} is read elsewhere too")
+    readers = [user for user, _ in value.uses() if user not in beside or user is reader]
+    if readers != [reader]:
+        other = next((user for user in readers if user is not reader), reader)
+        raise Refusal(f"{value.name} is read elsewhere too, by {other.name}")
 
 
 def _check_batches(q: ir.Value, kt: ir.Value, v: ir.Value) -> None:

@@ -160,10 +160,16 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
     "turned round": (S + "n = Neg(s) " + P.format("n"), "changes the scores"),
     "squared": (S + "n = Pow(s, two) " + P.format("n"), "changes the scores"),
     "a soft cap": (S + "c = Tanh(s) " + P.format("c"), "changes the scores"),
-    "a mask of the scores": (S + "w = Where(keep, s, zero) a = Add(s, w) " + P.format("a"), "s is read elsewhere"),
-    "scores twice": (S + "a = Add(s, s) " + P.format("a"), "s is read elsewhere"),
-    "scores read elsewhere": (S + "p = Softmax(s) x = MatMul(p, v) r = ReduceMax(s) y = Add(x, r)", "s is read elsewhere"),
-    "probabilities read elsewhere": (S + "p = Softmax(s) x = MatMul(p, v) r = ReduceMax(p) y = Add(x, r)", "p is read elsewhere"),
+    "a mask of the scores": (S + "w = Where(keep, s, zero) a = Add(s, w) " + P.format("a"), "s is read elsewhere too, by block/"),
+    "scores twice": (S + "a = Add(s, s) " + P.format("a"), "s is read elsewhere too, by block/Add_2"),
+    "scores read elsewhere": (
+        S + "p = Softmax(s) x = MatMul(p, v) r = ReduceMax(s) y = Add(x, r)",
+        "s is read elsewhere too, by block/ReduceMax_4",
+    ),
+    "probabilities read elsewhere": (
+        S + "p = Softmax(s) x = MatMul(p, v) r = ReduceMax(p) y = Add(x, r)",
+        "p is read elsewhere too, by block/ReduceMax_4",
+    ),
     "some heads off": (S + "p = Softmax(s) h = Mul(p, head_mask) y = MatMul(h, v)", "changes the probabilities"),
     "dropout in training": (S + "p = Softmax(s) d = Dropout(p, ratio, yes) y = MatMul(d, v)", "changes the probabilities"),
     "a fill beside which scores show": (S + "w = Where(keep, s, thousands) " + P.format("w"), "-10000"),
@@ -237,6 +243,16 @@ def test_a_changed_scale_fails_the_tolerance(name: str) -> None:
     fuse(graph)
     scale_attention(graph, 1.01)
     assert not np.allclose(run(graph, given)[0], before, **FP32)
+
+
+def test_attentions_that_share_their_scores_name_each_other() -> None:
+    """The exporters, and the cleaning of files, make one product of two that are equal; its name is that of the first."""
+    block = "m{0} = Mul(s, {1}) p{0} = Softmax(m{0}) {2} = MatMul(p{0}, v) "
+    report = fuse(model(S + block.format(1, "half", "w") + block.format(2, "two", "x") + "y = Add(w, x)"))
+    assert report.refused == [
+        "block/Softmax_3: s is read elsewhere too, by block/Mul_5",
+        "block/Softmax_6: s is read elsewhere too, by block/Mul_2",
+    ]
 
 
 @pytest.mark.parametrize(
