@@ -169,6 +169,30 @@ class CachelessSource(CustomSource):
             logits = self._whole.decode(tokens, memories, masks)
         return Forward(derived.memories, logits.float(), derived.self_kv, derived.cross_kv)
 
+    def generate(self, inputs: Mapping[str, Tensor], **options: Any) -> Generated | None:
+        found = super().generate(inputs, **options)
+        if found is not None and self.module.asks_for_padding is not None:
+            self._check_padding(inputs, found.ids)
+        return found
+
+    def _check_padding(self, inputs: Mapping[str, Tensor], ids: Tensor) -> None:
+        """Raises SourceError where ``ids`` hold the padding id before their end, and what is said behind it is another for that."""
+        pad, known = self.facts.generation["pad_token_id"], ids[:, :-1]
+        unfinished = torch.isin(known[:, 1:], self._eos).cumsum(1) == 0
+        padding = unfinished & (known[:, 1:] == pad)
+        if not bool(padding.any()):
+            return
+        whole, derived = self.forward(inputs, known).logits, super().forward(inputs, known).logits
+        moved = (unfinished & (whole.argmax(-1) != derived.argmax(-1))[:, 1:] & padding.any(1, keepdim=True)).any(1)
+        if bool(moved.any()):
+            row = int(moved.nonzero()[0])
+            raise SourceError(
+                f"{self.module.asks_for_padding} asks which tokens of the target are padding (id {pad}), and decode() says that id "
+                f"itself (greedy, row {row}, token {int(padding[row].nonzero()[0]) + 1}): what it says behind that follows from what "
+                f"the row's earlier tokens are, and a cache takes none of them for padding; train it not to say {pad}, or lower that "
+                "id's logit"
+            )
+
     def _try_lengths(self, inputs: Mapping[str, Tensor]) -> None:
         """Raises SourceError where decode() fails for the shortest target or the longest: the reference asks for all between."""
         returned, masks = self._whole.encode(*inputs.values()), self._as_returned(self._masks(inputs))

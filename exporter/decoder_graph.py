@@ -35,6 +35,9 @@ _BY_SHAPE_ALONE = (
     "new_full",
     "new_empty",
 )
+ASKS_FOR_PADDING = (
+    "asks for padding"  # in a node's meta: where the comparison with the padding id was that it stands for
+)
 _VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 _PADDING = {_aten.eq.Scalar: False, _aten.ne.Scalar: True}  # what comparing a token with the padding id always gives
 
@@ -243,5 +246,5 @@ def _replace_by_constant(graph: fx.Graph, node: fx.Node, tokens: fx.Node) -> Non
     """A comparison with the padding id: a target has no padding, and what follows its end is nobody's business."""
     with graph.inserting_before(node):
         constant = graph.call_function(_aten.full_like.default, (tokens, _PADDING[node.target]), {"dtype": torch.bool})  # type: ignore[index]
-    constant.meta = dict(node.meta)
+    constant.meta = dict(node.meta) | {ASKS_FOR_PADDING: place(node)}
     node.replace_all_uses_with(constant)

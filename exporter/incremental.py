@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from txopt.exporter import written_attention
 from txopt.exporter.custom import DecodeCache, as_memories
 from txopt.exporter.custom_facts import CustomFacts
-from txopt.exporter.decoder_graph import SIZE, Kind, call, graph_of, kinds_of, memories_read, place
+from txopt.exporter.decoder_graph import ASKS_FOR_PADDING, SIZE, Kind, call, graph_of, kinds_of, memories_read, place
 from txopt.exporter.source_mask import MASKED, Constant, constant, is_padding
 from txopt.runtime.errors import SourceError
 
@@ -49,6 +49,8 @@ class Incremental(nn.Module):
                 setattr(self, name, getattr(module, name))
         self.graph, self.given = graph_of(module, facts)
         self.tokens = self.given.tokens
+        asked = (node.meta.get(ASKS_FOR_PADDING) for node in self.graph.graph.nodes)
+        self.asks_for_padding: str | None = next(filter(None, asked), None)
         kinds = kinds_of(self.graph.graph, self.given)
         self._unknown = written_attention.fuse(self.graph.graph, lambda node: kinds[node] is Kind.TOKENS)
         self.nodes = [node for node in self.graph.graph.nodes if node.op in ("get_attr", "call_function", "output")]
@@ -81,9 +83,8 @@ class Incremental(nn.Module):
         """Raises SourceError where tokens meet a table of pairs of positions, and attention does not: a mask, most often."""
         if len(table.axes) < 2:
             return
-        order = {node: index for index, node in enumerate(self.graph.graph.nodes)}
-        later = (self._unknown[node] for node in order if node in self._unknown and order[node] > order[user])
-        obstacle = next(later, None)
+        softmax = written_attention.softmax_of(user, self._unknown)
+        obstacle = None if softmax is None else self._unknown[softmax]
         advice = (
             "" if obstacle is None else f"; its softmax is no attention that is known, because of {place(obstacle)}"
         )

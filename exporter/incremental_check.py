@@ -56,8 +56,18 @@ def check(decoder: Incremental, vocabulary: int, found: Forward, masks: Sequence
         node = min(wrong, key=order.__getitem__)
         raise SourceError(
             f"{place(node)} mixes positions: a token's result depends on others beside it, and only attention may do that in a "
-            "decoder that generates step by step"
+            f"decoder that generates step by step{_advice(node)}"
         )
+
+
+def _advice(node: fx.Node) -> str:
+    counted = node.target is torch.ops.aten.cumsum.default and not node.meta["val"].is_floating_point()
+    return (
+        "; positions that are counted follow from what the row's earlier tokens are: take torch.arange(tokens.shape[1]), or count "
+        "tokens != PAD, PAD the padding id as a number, which no target begins with"
+        if counted
+        else ""
+    )
 
 
 def _check_rows(decoder: Incremental, whole: dict[fx.Node, Tensor], other: dict[fx.Node, Tensor]) -> None:

@@ -8,7 +8,7 @@ masks too, inner results that something else reads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,18 @@ def fuse(graph: fx.Graph, of_tokens: Callable[[fx.Node], bool]) -> dict[fx.Node,
         last.replace_all_uses_with(attention)
     graph.eliminate_dead_code()
     return left
+
+
+def softmax_of(scores: fx.Node, among: Collection[fx.Node]) -> fx.Node | None:
+    """The nearest of the softmaxes ``among`` that takes ``scores``, whatever is done to them before, but for a product."""
+    waiting, seen = [scores], {scores}
+    while waiting:
+        users = [user for user in waiting.pop(0).users if user not in seen and user.target not in _MATMUL]
+        if (found := next((user for user in users if user in among), None)) is not None:
+            return found
+        seen.update(users)
+        waiting.extend(users)
+    return None
 
 
 def _product(softmax: fx.Node) -> fx.Node | None:

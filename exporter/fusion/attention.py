@@ -7,9 +7,10 @@ Found from its Softmax, by meaning rather than by one spelling:
     scores   MatMul of Q and K^T, 4D [B,H,Q,D], 5D [B,G,H,Q,D] or 3D [N,Q,D]; 3D scores may be cut into [B,H,Q,K] for the mask and
              joined again. Or of K and Q^T, softmaxed over its rows, and transposed before V
     K^T      any Transpose, which then goes with its last two axes swapped; K^T as it is, which is transposed anew; so Q^T
-    scale    constants by Mul or Div, on Q, on K, on the scores or on several of them
+    scale    constants by Mul or Div, on Q, on K, on the scores or on several of them; on the scores also one number for each head
+             (Swin's logit_scale), computed or not, which moves to Q
     mask     Add and Sub; Where(mask, scores, fill) and Where(mask, fill, scores); Max with a fill; any number of them
-    around   Cast between floats, Identity, Dropout out of training, torch's, Keras' and ESPnet's guards for rows that mask everything;
+    around   Cast between floats, Identity, Dropout out of training, guards for rows that mask everything (attention_guards.py);
              Transpose, undone before V, with scales, masks and the Softmax along the keys in between; masks are transposed with
              the scores
 
@@ -19,10 +20,11 @@ mask; one that drowns every score (-1e9) is added. Rows that mask everything are
 -inf, least numbers and booleans. Lengths that are not known are taken to be those that the operator asks for.
 Keys and values that are repeated for groups of heads stay repeated: groups.py sees to them.
 
-Refused, with the node's name: another axis, a factor that is no positive constant or comes after the mask, a mask that makes the
-scores longer, columns joined to the scores (a sink) or cut from the probabilities, other operators in between, results inside that
-something else reads, batches or heads that broadcast, ranks that are not known. A Softmax without a MatMul of two computed values
-before it, or without one after it, is no attention and no refusal.
+Refused, with the node's name: another axis, a factor that is neither a positive constant nor a number for each head, or comes after
+the mask, a mask that makes the scores longer, columns joined to the scores (a sink) or cut from the probabilities, a guard that puts
+another number than zero, other operators in between, results inside that something else reads, batches or heads that broadcast,
+ranks that are not known. A Softmax without a MatMul of two computed values before it, or without one after it, is no attention and
+no refusal.
 """
 
 import math
@@ -32,16 +34,8 @@ import onnx_ir as ir
 from txopt.exporter.algebra import product
 from txopt.exporter.bodies import paths
 from txopt.exporter.fusion.attention_chain import Chain, Refusal, input_of
-from txopt.exporter.fusion.attention_path import (
-    Step,
-    after,
-    before,
-    changes_nothing,
-    guards,
-    shapes_of_fills,
-    untransposed,
-    zeroes,
-)
+from txopt.exporter.fusion.attention_guards import guards, zeroes
+from txopt.exporter.fusion.attention_path import Step, after, before, changes_nothing, shapes_of_fills, untransposed
 from txopt.exporter.fusion.attention_rewrite import Block, rewrite
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 from txopt.exporter.shapes import differ, length, number_of, rank_of
@@ -91,6 +85,9 @@ def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
     scale = chain.scale * scale_rows * scale_columns * scale_column
     if scale <= 0:
         raise Refusal(f"the scale {scale:g} is not positive")
+    other = next((each.value for each in chain.factors if each.value.dtype != row.dtype), None)
+    if other is not None:
+        raise Refusal(f"the scores are scaled by {other.name}, which is {other.dtype}, and Q is {row.dtype}")
     wide = input_of(softmax, 0).dtype == ir.DataType.FLOAT and dtypes.isdisjoint({ir.DataType.FLOAT})
     return Block(
         name=f"{softmax.name}/Attention",
@@ -100,6 +97,7 @@ def _block(softmax: ir.Node, above: list[Step], below: list[Step]) -> Block:
         permutation=permutation,
         turned=turned,
         scale=scale,
+        factors=tuple(chain.factors),
         terms=tuple(chain.terms),
         lengths=(length(rows, -2), length(columns, -1)),
         ranks=(ranks[0], chain.rank),
@@ -138,7 +136,7 @@ def _followed(softmax: ir.Node, above: list[Step], below: list[Step], rank: int)
             raise Refusal(f"{step.node.name} cuts the probabilities, which then no longer sum to one")
         elif step.node not in guard and not changes_nothing(step.node):
             raise Refusal(f"{step.node.name} changes the probabilities")
-        _check_alone(step.node, reader, set())
+        _check_alone(step.node, reader, guard)
     axes = tuple(range(chain.rank))
     if chain.order not in (None, (*axes[:-2], axes[-1], axes[-2])):
         raise Refusal("V meets the probabilities transposed")
@@ -152,9 +150,10 @@ def _check_alone(node: ir.Node, reader: ir.Node, beside: set[ir.Node]) -> None:
     value = node.outputs[0]
     if value.is_graph_output():
         raise Refusal(f"{value.name} is an output of the graph")
-    others = [user for user, _ in value.uses() if user not in beside or user is reader]
-    if others != [reader]:
-        raise Refusal(f"{value.name} is read elsewhere too")
+    readers = [user for user, _ in value.uses() if user not in beside or user is reader]
+    if readers != [reader]:
+        other = next((user for user in readers if user is not reader), reader)
+        raise Refusal(f"{value.name} is read elsewhere too, by {other.name}")
 
 
 def _check_batches(q: ir.Value, kt: ir.Value, v: ir.Value) -> None:

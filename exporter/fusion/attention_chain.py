@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from txopt.exporter.fusion.attention_path import Step, changes_nothing, fill_of, least
-from txopt.exporter.fusion.attention_rewrite import Term
-from txopt.exporter.shapes import broadcasts, differ, number_of, order_of, rank_of
+from txopt.exporter.fusion.attention_rewrite import Factor, Term
+from txopt.exporter.shapes import broadcasts, differ, length, number_of, order_of, rank_of
 
 _DROWNING = -1e9  # no score is large enough to show beside it
 
@@ -29,6 +29,7 @@ class Chain:
 
     rank: int
     scale: float = 1.0
+    factors: list[Factor] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     heads: ir.Value | None = None
     order: tuple[int, ...] | None = None
@@ -107,12 +108,18 @@ class Chain:
         ]
 
     def _scale_by(self, node: ir.Node, index: int) -> None:
-        factor = number_of(input_of(node, 1 - index))
-        if not factor or (node.op_type == "Div" and index == 1):
-            raise Refusal(f"{node.name} scales by what is no constant")
-        if self.terms and factor != 1:
+        value = input_of(node, 1 - index)
+        number = number_of(value)
+        divides = node.op_type == "Div"
+        by_head = number is None and _is_one_for_each_head(value, self.order or tuple(range(self.rank)))
+        if not (number or by_head) or (divides and index == 1):
+            raise Refusal(f"{node.name} scales by what is no constant, and not one number for each head")
+        if self.terms and number != 1:
             raise Refusal(f"{node.name} scales after the mask")
-        self.scale *= 1 / factor if node.op_type == "Div" else factor
+        if by_head:
+            self.factors.append(Factor(value, self.rank, self.order, divides))
+        elif number:
+            self.scale *= 1 / number if divides else number
 
     def _mask_by(self, term: Term) -> None:
         if rank_of(term.value) is None:
@@ -123,6 +130,14 @@ class Chain:
 def _turned(rank: int) -> tuple[int, ...]:
     """The order of axes in which the last two are exchanged."""
     return (*range(rank - 2), rank - 1, rank - 2)
+
+
+def _is_one_for_each_head(value: ir.Value, order: tuple[int, ...]) -> bool:
+    """Whether ``value`` is known to have no axis of queries or keys, beside scores in ``order``."""
+    rank, count = rank_of(value), len(order)
+    return rank is not None and all(
+        order[axis] < count - 2 or length(value, axis) == 1 for axis in range(-min(rank, count), 0)
+    )
 
 
 def _fill(node: ir.Node, index: int) -> float:

@@ -71,63 +71,6 @@ def _is_weight(value: ir.Value | None) -> bool:
     return value is None or (value.const_value is not None and len(value.const_value.shape) < 3)
 
 
-def guards(softmax: ir.Node) -> set[ir.Node]:
-    """torch's zeros for rows that mask everything: the Where(asked, 0, p), and the node that asks.
-
-    That is IsNaN(p), or the comparison of the scores with -inf whose answer must hold at every key.
-    """
-    scores, probabilities = softmax.inputs[0], softmax.outputs[0]
-    for where in (user for user, index in probabilities.uses() if user.op_type == "Where" and index == 2):
-        asked = where.inputs[0].producer() if where.inputs[0] is not None else None
-        if asked is None or fill_of(where.inputs[1]) != 0:
-            continue
-        if asked.op_type == "IsNaN" and asked.inputs[0] is probabilities:
-            return {where, asked}
-        if (question := _all_masked(asked, scores)) is not None:
-            return {where, question}
-    return set()
-
-
-def zeroes(step: Step) -> bool:
-    """Whether ``step`` puts zeros where a mask hides, for rows that mask everything; attention.py judges the mask.
-
-    That is Where(mask, p, 0) in Keras, Where(mask, 0, p) in ESPnet.
-    """
-    return step.node.op_type == "Where" and step.index > 0 and fill_of(step.node.inputs[3 - step.index]) == 0
-
-
-def _all_masked(node: ir.Node, scores: ir.Value | None) -> ir.Node | None:
-    """The node that compares ``scores`` with -inf, if ``node`` says for which rows that holds at every key."""
-    node, negated = _without_not(node)
-    if node.op_type not in ("ReduceMin", "ReduceMax") or node.inputs[0] is None or not _over_keys(node):
-        return None
-    compared = node.inputs[0].producer()
-    compared, negated_inside = (None, False) if compared is None else _without_not(compared)
-    if compared is None or scores not in compared.inputs or {negated, negated_inside} != {node.op_type == "ReduceMax"}:
-        return None
-    if compared.op_type == "Equal":
-        (bound,) = [scalar(value) for value in compared.inputs if value is not scores] or [None]
-        return compared if bound == -float("inf") else None
-    return compared if compared.op_type == "IsInf" else None
-
-
-def _without_not(node: ir.Node) -> tuple[ir.Node, bool]:
-    negated = False
-    while node.op_type in ("Not", "Cast") and node.inputs[0] is not None:
-        inner = node.inputs[0].producer()
-        if inner is None:
-            break
-        node, negated = inner, negated != (node.op_type == "Not")
-    return node, negated
-
-
-def _over_keys(reduce: ir.Node) -> bool:
-    axes = scalar(reduce.inputs[1]) if len(reduce.inputs) > 1 else None
-    shape = reduce.inputs[0].shape if reduce.inputs[0] is not None else None
-    kept = "keepdims" not in reduce.attributes or reduce.attributes["keepdims"].as_int() == 1
-    return kept and (axes == -1 or (shape is not None and axes == len(shape) - 1))
-
-
 def changes_nothing(node: ir.Node) -> bool:
     """Identity, Dropout out of training, and Cast between floats."""
     if node.op_type == "Cast":

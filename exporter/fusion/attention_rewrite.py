@@ -33,13 +33,23 @@ class Term:
     whole: bool = False
 
 
+@dataclass(frozen=True)
+class Factor:
+    """What multiplies, or ``divides``, all scores of a head alike, which have ``rank`` axes in ``order`` then, as for a Term."""
+
+    value: ir.Value
+    rank: int
+    order: tuple[int, ...] | None
+    divides: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One attention, of the product of ``rows`` and of ``columns``, transposed: by ``permutation``, or as they are where it is None.
 
     These are Q and K, or K and Q if the product is ``turned``; ``lengths`` are theirs, as far as they are known. ``ranks`` are those
     of the product and of V, ``heads`` the shape [B,H,Q,K] if 3D scores were cut; ``wide``: the Softmax is computed in float32 for
-    narrower Q. ``last`` is the MatMul with V.
+    narrower Q. Queries take the ``factors`` of the scores. ``last`` is the MatMul with V.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Block:
     permutation: tuple[int, ...] | None
     turned: bool
     scale: float
+    factors: tuple[Factor, ...]
     terms: tuple[Term, ...]
     lengths: tuple[int | str | None, int | str | None]
     ranks: tuple[int, int]
@@ -72,8 +83,14 @@ def rewrite(graph: ir.Graph, block: Block, masks: dict[object, ir.Value]) -> Non
     q, k = (columns, rows) if block.turned else (rows, columns)
     inputs = [
         _by_head(new, value, rank, block.heads)
-        for value, rank in ((q, block.ranks[0]), (k, block.ranks[0]), (block.v, block.ranks[1]))
+        for value, rank in (
+            (_scaled(new, block, q, block.ranks[0], masks), block.ranks[0]),
+            (k, block.ranks[0]),
+            (block.v, block.ranks[1]),
+        )
     ]
+    if block.ranks[0] != 4:
+        inputs[0] = _scaled(new, block, inputs[0], 4, masks)
     if block.terms:
         terms = tuple(_turned(new, block, term, masks) for term in block.terms)
         inputs.append(_widened(new, block, terms, (q, k), _joined(new, block, terms, masks)))
@@ -116,6 +133,21 @@ class Nodes:
         """A scalar initializer, made once."""
         tensor = ir.tensor(np.array(number, np.float64).astype(dtype.numpy()))
         return constant(self.graph, f"attention/{dtype.name.lower()}_{number:g}", tensor)
+
+
+def _scaled(new: Nodes, block: Block, q: ir.Value, rank: int, turned: dict[object, ir.Value]) -> ir.Value:
+    """Queries of ``rank`` axes times the factors of scores of as many: (f Q) K^T is f (Q K^T) where f is one for all of a head."""
+    for factor in (factor for factor in block.factors if factor.rank == rank):
+        value = factor.value
+        if factor.order not in (
+            None,
+            (*range(rank - 2), rank - 1, rank - 2),
+        ):  # queries and keys have 1 there, either way round
+            value = _turned(new, block, Term(value, rank, factor.order), turned).value
+        made = new.add("Div" if factor.divides else "Mul", [q, value])
+        made.type, made.shape = q.type, q.shape
+        q = made
+    return q
 
 
 def _by_head(new: Nodes, value: ir.Value, rank: int, heads: ir.Value | None) -> ir.Value:

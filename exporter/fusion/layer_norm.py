@@ -7,16 +7,16 @@ The division may be a product with Reciprocal, 1 / root or Pow(-0.5), the three 
 x s + (bias - mean s) with s = weight / root is the same, also as Keras has it, x s + ((-mean) s + bias). Weights may have ones before
 the axes of the mean, which are over the last ones, one or several.
 Source: ONNX operator LayerNormalization (opset 17), whose ``stash_type=1`` computes statistics in fp32 whatever surrounds it.
-Refused, with the node's name: another exponent, a variance over n - 1 (torch's ``unbiased=True``) or otherwise scaled, other axes or
-axes that are dropped, an epsilon, weight or bias that is no constant, no weight at all, float64, and results inside that something
-else reads.
+Refused, with the node's name: another exponent, a variance by moments (E[x^2] - E[x]^2), over n - 1 (torch's ``unbiased=True``) or
+otherwise scaled, other axes or axes that are dropped, an epsilon, weight or bias that is no constant, no weight at all, float64, and
+results inside that something else reads.
 """
 
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from txopt.exporter.algebra import close, only_user, scalar
+from txopt.exporter.algebra import close, only_user, product, scalar
 from txopt.exporter.bodies import paths
 from txopt.exporter.fusion import batch_norm
 from txopt.exporter.fusion.columns import size_of
@@ -41,6 +41,8 @@ from txopt.exporter.fusion.norm_path import (
 from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
+# Between a variance by moments and its root: epsilon, and what keeps it from falling below zero.
+_BEFORE_ROOT = ("Add", "Abs", "Clip", "Max", "Relu")
 # Between a scaled variance and its root: the axis that it was computed without.
 _PUT_BACK = ("Reshape", "Unsqueeze", "Shape")
 
@@ -78,6 +80,8 @@ def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
 
 def _match(variance: ir.Node) -> LayerNorm | str | None:
     """The norm, a reason of refusal, or None where this is no norm at all."""
+    if (moments := _by_moments(variance)) is not None:
+        return moments
     found = _statistics(variance)
     scaled_variance, factor = multiplied(variance.outputs[0])
     readers = {user.op_type for user, _ in scaled_variance.uses()}
@@ -109,6 +113,38 @@ def _match(variance: ir.Node) -> LayerNorm | str | None:
     problem = problem or more_axes(x, weight, bias, *shifted.inputs)
     problem = problem or read_elsewhere(last, found.x, weight)
     return problem or LayerNorm(x, weight, bias, epsilon, axis, last)
+
+
+def _by_moments(mean_of_squares: ir.Node) -> str | None:
+    """What is wrong with a norm whose variance is E[x^2] - E[x]^2; None where this is no such variance, or no root is taken of it.
+
+    It is another number than the operator's: in float32 it is off by a thousandth where the mean is a hundred times the deviation.
+    """
+    difference = only_user(mean_of_squares.outputs[0], "Sub")
+    if difference is None or difference.inputs[0] is not mean_of_squares.outputs[0]:
+        return None
+    x, mean = (_squared(value) for value in (mean_of_squares.inputs[0], difference.inputs[1]))
+    node = None if mean is None else mean.producer()
+    if x is None or node is None or node.op_type != "ReduceMean" or node.inputs[0] is not x:
+        return None
+    last = difference
+    while (
+        following := next(filter(None, (only_user(last.outputs[0], each) for each in _BEFORE_ROOT)), None)
+    ) is not None:
+        last = following
+    if not {user.op_type for user, _ in last.outputs[0].uses()} & {"Sqrt", "Pow"}:
+        return None
+    return (
+        f"{difference.name} takes the mean's square off the mean of squares, which cancels where the mean is large; the operator "
+        "averages squared differences: ((x - mean) ** 2).mean(), or x.var(unbiased=False)"
+    )
+
+
+def _squared(value: ir.Value | None) -> ir.Value | None:
+    """What ``value`` is the square of."""
+    found = product(value)
+    alike = len(found.factors) == 2 and found.factors[0] is found.factors[1] and found.constant == 1
+    return found.factors[0] if alike else None
 
 
 def _unbiased(found: _Statistics, factor: float) -> str:

@@ -37,6 +37,10 @@ INPUTS = {
     "keep": "bool[B,1,Q,K]",
     "hide": "bool[B,1,1,K]",
     "rows": "int64[1]",
+    "scale_by_row": "float[B,2,1,1]",
+    "row_scale": "float[Q,1]",
+    "scale3": "float[N,1,1]",
+    "scale5": "float[B,3,1,1,1]",
     "turned": "float[B,1,K,Q]",
     "turned3": "float[N,K,Q]",
     "turned_keep": "bool[B,1,K,Q]",
@@ -51,9 +55,14 @@ CONSTANTS: dict[str, Array] = {
     "root_half": np.array([0.5**0.5], np.float32),
     "two": np.array(2, np.float32),
     "one": np.array(1, np.float32),
+    "logit_scale": np.array([0.5, -1.5], np.float32).reshape(2, 1, 1),
+    "scale_by_head": np.array([2, 0.25], np.float32).reshape(1, 2, 1, 1),
+    "last_heads": np.array([2, 0.25], np.float32),
+    "scale32": np.array([2, 0.25], np.float32).reshape(2, 1, 1),
     "minus": np.array(-0.5, np.float32),
     "zero": np.array(0, np.float32),
     "lowest": np.array(np.finfo(np.float32).min, np.float32),
+    "most": np.array(np.finfo(np.float32).max, np.float32),
     "infinite": np.array(-np.inf, np.float32),
     "billion": np.array(-1e9, np.float32),
     "thousands": np.array(-1e4, np.float32),
@@ -91,7 +100,7 @@ def model(nodes: str, dtype: str = "float") -> ir.Model:
         node.name = f"block/{node.op_type}_{index}"
     for name in sorted(words & CONSTANTS.keys()):
         value = CONSTANTS[name]
-        if value.dtype == np.float32 and dtype == "float16" and name not in ("ratio", "lowest"):
+        if value.dtype == np.float32 and dtype == "float16" and name not in ("ratio", "lowest", "most", "scale32"):
             value = value.astype(np.float16)
         proto.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
@@ -118,4 +127,6 @@ def feeds(graph: ir.Model) -> dict[str, Array]:
                 arrays[name][:, :, 1] = False
         else:
             arrays[name] = source.normal(size=shape).astype(value.dtype.numpy() if value.dtype else np.float32)
+            if name == "rows":
+                arrays[name] += 2
     return arrays

@@ -252,6 +252,22 @@ class Capped(Learned):
         return softmax(scores.masked_fill(~mask, -math.inf), -1) @ v
 
 
+class SideBySide(Learned):
+    """Two attentions of one layer, masked one after the other; the softmax of the second comes first."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        first, second = ((part @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf) for part in (q, -q))
+        second = softmax(second.tanh(), -1)
+        return softmax(first.sigmoid(), -1) @ v - second @ v
+
+
+class WithoutSoftmax(Capped):
+    """Scores that are rectified and masked, beside an attention that has a softmax."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2)).relu() * mask @ v + super().attend(q, k, v, mask)
+
+
 class PaddedStart(Learned):
     """A padding mask where the first token of every target is the padding id."""
 
@@ -351,6 +367,7 @@ BAD: dict[type[Learned], str] = {
     MaskedByToken: "node and_1 (__and__) relates positions to each other outside of an attention, by node tril (tril)",
     PaddedStart: "relates positions to each other outside of an attention",
     Capped: "by node bitwise_not (bitwise_not); its softmax is no attention that is known, because of node tanh (tanh)",
+    SideBySide: "its softmax is no attention that is known, because of node sigmoid (sigmoid)",
     SourceAdded: "joins the source and the target outside of an attention",
     SourceUnmasked: "expected cross-attention to mask the source's padding and nothing else",
     TwoMemories: "encode() returns a tuple of 2 memories, and memory_masks is ('attention_mask',)",

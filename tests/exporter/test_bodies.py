@@ -228,8 +228,8 @@ REFUSED: dict[str, tuple[str, str]] = {
         S + "p = Softmax<axis=-1>(a) " + branches("y = MatMul(p, v)"),
         "Softmax_4: MatMul_0 is in another graph, around or inside a branch or loop",
     ),
-    "a scale that is computed in the loop": (
-        loop("f = Cast<to=1>(i) " + ATTENTION.replace("Mul(s, half)", "Mul(s, f)")),
+    "a scale for each pair that is computed in the loop": (
+        loop("f = Exp(bias) " + ATTENTION.replace("Mul(s, half)", "Mul(s, f)")),
         "Loop_0/body/Softmax_6: Mul_4 scales by what is no constant",
     ),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.exporter.cacheless import BAD, GOOD, Learned, Relative
+from tests.exporter.cacheless import BAD, GOOD, Learned, Relative, WithoutSoftmax
 from txopt.exporter.pipeline import MOST_MOVED, export
 from txopt.runtime.errors import SourceError
 from txopt.runtime.model import Model
@@ -64,6 +64,11 @@ def test_what_cannot_run_token_by_token_is_named(kind: type[Learned], tmp_path: 
     with pytest.raises(SourceError, match=re.escape(BAD[kind])):
         export(kind(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_without_a_softmax_are_not_told_with_that_of_an_attention_beside_them(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"node mul \(mul\) relates positions .* by node tril \(tril\)$"):
+        export(WithoutSoftmax(), tmp_path / "out")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

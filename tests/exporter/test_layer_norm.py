@@ -43,6 +43,7 @@ CONSTANTS = {
 AXES = {"last": [-1], "third": [2], "second": [1], "both": [1, 2], "outer": [0, 2]}
 
 MEANS = "m = ReduceMean(x, last) d = Sub(x, m) "
+MOMENTS = MEANS + "q = Pow(x, two) p = ReduceMean(q, last) o = Pow(m, two) v = Sub(p, o) "
 VARIANCE = MEANS + "q = Pow(d, two) v = ReduceMean(q, last) e = Add(v, epsilon) "
 ROOT = VARIANCE + "r = Sqrt(e) "
 END = "z = Mul(n, weight) y = Add(z, bias)"
@@ -102,6 +103,16 @@ NEAR_MISSES: dict[str, tuple[str, str]] = {
         "the variance is multiplied by 1.14286, as by torch's x.var() of 8",
     ),
     "a variance that is scaled": (NORMAL.replace("e = Add(v,", "t = Mul(v, half) e = Add(t,"), "is multiplied by 0.5"),
+    "a variance by moments": (
+        MOMENTS + "e = Add(v, epsilon) r = Sqrt(e) n = Div(d, r) " + END,
+        "block/Sub_5 takes the mean's square off the mean of squares, which cancels where the mean is large",
+    ),
+    "a variance by moments that is kept from below zero, epsilon behind the root": (
+        MOMENTS.replace("Pow(x, two)", "Mul(x, x)").replace("Pow(m, two)", "Mul(m, m)")
+        + "c = Relu(v) r = Sqrt(c) e = Add(r, epsilon) n = Div(d, e) "
+        + END,
+        "block/Sub_5 takes the mean's square off the mean of squares",
+    ),
     "no root": (VARIANCE + "n = Div(d, e) " + END, "not used as a root alone"),
     "divided the other way": (ROOT + "n = Div(r, d) " + END, "not divided by alone"),
     "another value divided": (ROOT + "n = Div(x, r) " + END, "not the one that is divided"),
@@ -286,6 +297,11 @@ def test_axes_that_are_dropped_are_left_alone() -> None:
 
 def test_a_variance_without_a_root_is_no_norm_and_no_refusal() -> None:
     report = fuse(model(MEANS + "q = Mul(d, d) v = ReduceMean(q, last) y = Mul(d, v)"))
+    assert (report.fused, report.refused) == (0, [])
+
+
+def test_moments_without_a_root_are_no_norm_and_no_refusal() -> None:
+    report = fuse(model(MOMENTS + "y = Mul(d, v)"))
     assert (report.fused, report.refused) == (0, [])
 
 

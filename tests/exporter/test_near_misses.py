@@ -59,6 +59,29 @@ class Sink(nn.Module):
         return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v
 
 
+class GuardedByNanToNum(nn.Module):
+    """Nothing is kept for the first query, whose probabilities become zeros."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        hidden = torch.arange(k.shape[2]) >= torch.arange(q.shape[2])[:, None]
+        scores = (q @ k.transpose(-1, -2) * 0.5).masked_fill(hidden, -torch.inf)
+        return torch.nan_to_num(scores.softmax(-1)) @ v
+
+
+class LogitScale(nn.Module):
+    """Swin v2: cosines of queries and keys, times a learned number for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor([2.0, 6.0]).view(2, 1, 1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-1, -2)
+        return (scores * self.logit_scale.clamp(max=4.6).exp()).softmax(-1) @ v
+
+
 class Norm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +106,13 @@ class VarianceAndMean(Norm):
         return (x - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
 
 
+class ByMoments(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x * x).mean(-1, keepdim=True) - mean * mean
+        return (x - mean) * torch.rsqrt(variance.clamp(min=0) + 1e-5) * self.weight + self.bias
+
+
 class SumOfSquares(Norm):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6) * self.weight
@@ -99,10 +129,13 @@ MODULES: dict[type[nn.Module], tuple[str, str]] = {
     KeysByQueries: ("Attention", ""),
     ByHand: ("Attention", ""),
     OffByOne: ("Softmax", "adds to the sum of exponentials (a sink)"),
+    GuardedByNanToNum: ("Attention", ""),
+    LogitScale: ("Attention", ""),
     Sink: ("Attention", "adds to the scores (a sink, or other keys)"),
     Variance: ("LayerNormalization", ""),
     VarianceAndMean: ("LayerNormalization", ""),
     Unbiased: ("LayerNormalization", "the variance is multiplied by 1.14286, as by torch's x.var() of 8"),
+    ByMoments: ("LayerNormalization", "which cancels where the mean is large"),
     SumOfSquares: ("RMSNormalization", "sums the squares, the operator averages them"),
     MeanBySum: ("RMSNormalization", ""),
 }

@@ -22,6 +22,16 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
         0.5,
         {},
     ),
+    "scores turned and back, a scale for each head in between": (
+        S + "a = Transpose<perm=[0,2,3,1]>(s) m = Mul(a, last_heads) t = Transpose<perm=[0,3,1,2]>(m) " + P.format("t"),
+        1,
+        {"Unsqueeze": 1, "Transpose": 1, "Mul": 1},
+    ),
+    "keys by queries, a scale for each head": (
+        KQ + "m = Div(s, logit_scale) " + TURNED.format("m"),
+        1,
+        {"Div": 1},
+    ),
     "turned scores masked": (
         S
         + "a = Transpose<perm=[0,1,3,2]>(s) m = Add(a, turned) p = Softmax<axis=2>(m) o = Transpose<perm=[0,1,3,2]>(p) "
@@ -77,6 +87,12 @@ SPELLINGS: dict[str, tuple[str, float, dict[str, int]]] = {
 
 # nodes that are almost an attention, and the reason that must be given
 NEAR_MISSES: dict[str, tuple[str, str]] = {
+    "scores turned and back, a scale for each query in between": (
+        S
+        + "a = Transpose<perm=[0,2,3,1]>(s) m = Mul(a, logit_scale) t = Transpose<perm=[0,3,1,2]>(m) "
+        + P.format("t"),
+        "not one number for each head",
+    ),
     "scores in another order cut": (
         S3 + "a = Transpose<perm=[1,0,2]>(s) h = Reshape(a, turned_heads) p = Softmax(h) j = Reshape(p, turned_joined) "
         "o = Transpose<perm=[1,0,2]>(j) y = MatMul(o, v3)",
