@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import BadZipFile, ZipFile
 
 from txopt.benchmarks import fake_cuda, gpu_models
 from txopt.benchmarks.fusion import put
@@ -67,12 +67,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="txopt-") as folder:
         package, libraries = Path(folder) / "package", Path(folder) / "libraries"
         libraries.mkdir()
-        with ZipFile(arguments.wheel) as wheel:
-            wheel.extractall(package)
+        try:
+            with ZipFile(arguments.wheel) as wheel:
+                wheel.extractall(package)
+        except (OSError, BadZipFile) as err:
+            parser.error(f"--wheel: expected a wheel of onnxruntime-gpu: {err}")
         fake_cuda.build(package, libraries)
         for family in gpu_models.FAMILIES:
             for precision in PRECISIONS:
                 artifact = Path(folder) / f"{family}-{precision}"
+                print(artifact.name, file=sys.stderr, flush=True)
                 export(gpu_models.small(family), artifact, target="cuda", precision=precision)
                 rows[f"{family} {precision}"] = counted(artifact, package, libraries)
     version = {row["onnxruntime"] for row in rows.values()}.pop()

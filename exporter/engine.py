@@ -25,6 +25,7 @@ from txopt.runtime.converters import convert_fields, flag
 from txopt.runtime.engines import LIBRARIES, Profile
 from txopt.runtime.errors import MissingDependencyError, TxoptError, UsageError, explain
 
+HOW_TO_NAME = "where nvidia-smi --query-gpu=compute_cap --format=csv says 8.9, it is --capability SM89"
 WRONG_OPTIONS = "options of engines that cannot work:"
 _NO_KERNEL = "not supported by a dedicated kernel"
 _FLOATS = ("FLOAT", "HALF", "BF16")
@@ -176,10 +177,11 @@ class Engine:
             return (found,)
         known = [name for name in dir(self._trt.ComputeCapability) if name.startswith("SM")]
         if not capabilities or (wrong := [name for name in capabilities if name not in known]):
-            got = ", ".join(wrong) if capabilities else "none"
+            got = ", ".join(ascii(name)[1:-1] for name in wrong) if capabilities else "none"
+            among = ", ".join(sorted(known, key=lambda name: int(name[2:])))
             raise UsageError(
-                f"capability: expected GPUs among {', '.join(sorted(known, key=lambda name: int(name[2:])))}, got {got}; "
-                f"{runtime} {self.version} builds for no others"
+                f"capability: expected GPUs among {among}, got {got}; {HOW_TO_NAME}; {runtime} {self.version} builds for no "
+                "others, but --runtime tensorrt does, for the GPU of its machine"
             )
         return tuple(dict.fromkeys(capabilities))
 
@@ -219,7 +221,7 @@ class Engine:
 def _advice(told: str, capabilities: Sequence[str]) -> str:
     """What to try, by what the library says."""
     if "not supported" in told.lower() and "SM75" in capabilities:
-        return "SM75 has no kernel for this precision: export in fp16, or leave SM75 out"
+        return "SM75 builds float16 alone, without islands in float32 (T5 has some): export in fp16, or leave SM75 out"
     if "memory" in told.lower():
         return "make --max-batch, --max-source or --cache-length smaller, or build on a machine with more memory"
     if "Attention" in told:

@@ -23,7 +23,7 @@ from txopt.exporter import weights
 from txopt.exporter.engine import MANNERS, WRONG_OPTIONS, Built, Engine, Switches
 from txopt.exporter.lowering import tensorrt
 from txopt.exporter.lowering.choice import described
-from txopt.exporter.plan_cache import PlanCache, key_of
+from txopt.exporter.plan_cache import PlanCache, check_place, key_of
 from txopt.exporter.profiles import Sizes, profiles_of
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.converters import Converter, convert_fields, integer, several
@@ -145,8 +145,14 @@ class Made:
     builds: Mapping[str, Mapping[str, Any]]
 
 
-def plan(artifact: str | os.PathLike[str], options: Options) -> dict[str, Any]:
-    """What ``build`` would build, as a JSON document; nothing is built.
+def plan(
+    artifact: str | os.PathLike[str],
+    options: Options,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """What ``build`` would build, as a JSON document; nothing is built, and nothing stays written.
 
     No library is needed; where TensorRT-RTX is there, it is asked whether it builds for these GPUs.
 
@@ -158,8 +164,13 @@ def plan(artifact: str | os.PathLike[str], options: Options) -> dict[str, Any]:
         with suppress(MissingDependencyError):
             Engine(options.runtime, options.capabilities, options.switches)
     if odd := [name for name in options.capabilities if not GPU.fullmatch(name)]:
-        raise UsageError(f"capability: expected GPUs such as SM90, got {', '.join(map(repr, odd))}")
+        raise UsageError(f"capability: expected GPUs such as SM90, got {', '.join(map(ascii, odd))}")
     opened = Artifact.open(artifact)
+    if options.kept is not None:
+        check_place(options.kept)
+    if out is not None:
+        with ArtifactWriter(out, overwrite=overwrite):
+            pass  # it may be written
     sizes = options.sizes(opened.manifest)
     drafts = _drafts(opened, sizes, options)
     return {

@@ -126,7 +126,18 @@ def _generation(module: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_limits(facts: Facts, family: Family) -> None:
-    """Refuses tables of positions too short for anything to be traced or generated."""
+    """Refuses tables of positions too short for anything to be traced or generated, and tokens that the model does not have."""
+    beyond = [
+        f"{name}: expected a token below {facts.vocabulary}, the size of the vocabulary, got {token}"
+        for name in ("bos_token_id", "decoder_start_token_id", "pad_token_id")
+        if facts.kind != "encoder"
+        and isinstance(token := facts.generation.get(name), int)
+        and token >= facts.vocabulary
+    ]
+    if beyond:
+        raise SourceError(
+            explain("the model's configuration names tokens that it does not have; set them in it, or to None:", beyond)
+        )
     sizes = {family.limit: facts.limit, family.source_limit: facts.source_limit}
     problems = [
         f"{name}: expected at least {LEAST_POSITIONS} positions, got {size}"

@@ -41,13 +41,7 @@ class PlanCache:
         if directory is None:
             yield cls(None)
             return
-        place = Path(os.path.realpath(directory))
-        for holder in (place, *place.parents):
-            if is_artifact(holder):
-                raise UsageError(
-                    f"--timing-cache {directory}: is inside the artifact {holder}, which holds the files of its manifest and no "
-                    "others; keep it elsewhere"
-                )
+        check_place(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as err:
@@ -114,3 +108,14 @@ def key_of(files: Mapping[str, Path], facts: Mapping[str, Any]) -> str:
     """The name that the plan of ``files`` (a graph and its weights) is kept under; ``facts`` is whatever else it depends on."""
     hashes = {name: sha256(path)[1] for name, path in files.items()}
     return hashlib.sha256(canonical({"files": hashes, "facts": dict(facts)})).hexdigest()
+
+
+def check_place(directory: Path) -> None:
+    """UsageError where ``directory`` is inside an artifact."""
+    place = Path(os.path.realpath(directory))
+    for holder in (place, *place.parents):
+        if is_artifact(holder):
+            raise UsageError(
+                f"--timing-cache {directory}: is inside the artifact {holder}, which holds the files of its manifest and no others; "
+                "keep it elsewhere"
+            )

@@ -23,6 +23,7 @@ _OPTIONS = {"cache": "--cache-length"}  # of ``txopt engine``; the others are na
 # heads of 64; where they may be two it does, and is tuned for one all the same.
 STEP: Lengths = (1, 1, 2)
 _LEAST = {"cache": STEP[-1]}
+_WHY = {"prompt": "the cache's length (--cache-length)"}
 # What sizes are about: the letters, and what has them, which not every graph does.
 _LETTERS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "batch": (("B", "R"), "sources"),
@@ -71,13 +72,16 @@ class Sizes:
         problems = [
             f"{_OPTIONS.get(name, f'--max-{name}')}: {problem}, got {size!r}"
             for name, size in sizes.items()
-            if (problem := lacking.get(name) or _out_of_range(size, _LEAST.get(name, 1), bounds.get(name) or MOST))
+            if (
+                problem := lacking.get(name)
+                or _out_of_range(size, _LEAST.get(name, 1), bounds.get(name) or MOST, _WHY.get(name))
+            )
         ]
         rows = prod(size for name, size in sizes.items() if name in ("batch", "beams") and isinstance(size, int))
         if not problems and rows > MOST:
             problems.append(f"--max-batch times --max-beams: expected at most {MOST} rows, got {rows}")
         if problems:
-            raise UsageError(explain("these sizes are not the model's:", problems))
+            raise UsageError(explain("engines of these sizes cannot be built:", problems))
         return cls(**sizes)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, int]:
@@ -122,9 +126,9 @@ def _lacking(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _out_of_range(size: Any, least: int, most: int) -> str | None:
+def _out_of_range(size: Any, least: int, most: int, why: str | None) -> str | None:
     right = type(size) is int and least <= size <= most
-    return None if right else f"expected an integer from {least} to {most}"
+    return None if right else f"expected an integer from {least} to {most}{f', which is {why}' if why else ''}"
 
 
 def _samples(manifest: Manifest) -> Lengths:

@@ -1,4 +1,5 @@
-"""Writes graphs to a directory with every weight once: one data file, shared by all graphs, tensors told apart by content.
+"""Writes graphs to a directory with every weight once: one data file, shared by all graphs, tensors told apart by content and
+dtype.
 
 A tied embedding, or a weight that encoder and decoder share, has one place in the file. Small constants stay in the graphs, where
 shape inference finds them. Large tensors begin at a page, so that engines can map them alone; between small ones that would be
@@ -23,7 +24,7 @@ def write(graphs: Mapping[str, ir.Model], directory: Path) -> int:
 
     The models are changed: their large initializers now refer to the file.
     """
-    places: dict[bytes, tuple[int, int]] = {}
+    places: dict[tuple[bytes, ir.DataType], tuple[int, int]] = {}
     with (directory / FILE).open("wb") as file:
         for graph in graphs.values():
             for value in graph.graph.initializers.values():
@@ -31,7 +32,8 @@ def write(graphs: Mapping[str, ir.Model], directory: Path) -> int:
                 if tensor is None or tensor.nbytes < INLINE_BYTES:
                     continue
                 data = tensor.tobytes()
-                key = hashlib.sha256(data).digest()
+                # Zeros of two dtypes are the same bytes and not the same tensor; TensorRT refuses to read one as the other.
+                key = hashlib.sha256(data).digest(), tensor.dtype
                 if key not in places:
                     step = ALIGNMENT if len(data) >= LARGE else _SMALL_ALIGNMENT
                     file.write(b"\0" * (-file.tell() % step))

@@ -50,3 +50,31 @@ def answers(model: Model, case: Case) -> dict[str, Array]:
     got["log_sum_exp"] = log_sum_exp(got["logits"])
     got |= {name: decoder.cached(name) for name in decoder.names}
     return got
+
+
+def found(model: Model, case: Case) -> dict[str, tuple[Array, Array]]:
+    """What a decoder's graph finds in its own logits after two tokens of the case, and what is in them; searches read the former.
+
+    ``next`` [B] is told by its logit, ``ranked`` [B,2K] by log probabilities: those that the graph gives, and those of its tokens.
+    """
+    session = model.session
+    if model.manifest.kind == "encoder" or not case.tokens.size:
+        return {}
+    encoded = None if model.manifest.kind == "decoder" else session.encode(case.inputs)
+    decoder = session.decoder(encoded, batch=len(case.tokens))
+    if not (decoder.most_ranked or decoder.chooses) or (decoder.max_length or 4) < 3:
+        return {}
+    first, second = case.tokens[:, 0], case.tokens[:, min(1, case.tokens.shape[1] - 1)]
+    decoder.prefill(first[:, None])
+    told: dict[str, tuple[Array, Array]] = {}
+    if decoder.chooses:
+        chosen = decoder.advance(second).copy()
+        logits = decoder.scores().astype(np.float64)
+        told["next"] = np.take_along_axis(logits, chosen[:, None], 1)[:, 0], logits.max(1)
+    if decoder.most_ranked:
+        scores, tokens = decoder.rank(second)
+        logits = decoder.scores().astype(np.float64)
+        probable = logits - log_sum_exp(logits)[:, None]
+        best = -np.sort(-probable, axis=1)[:, : scores.shape[1]]
+        told["ranked"] = np.hstack([scores, np.take_along_axis(probable, tokens, 1)]), np.hstack([best, best])
+    return told

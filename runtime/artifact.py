@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from txopt.runtime.errors import ArtifactError, explain
+from txopt.runtime.errors import ArtifactError, UsageError, explain
 from txopt.runtime.files import MANIFEST, Listing, listing, name_problem, read, sha256
 from txopt.runtime.manifest import LARGEST, FileEntry, Manifest, read_manifest
 from txopt.runtime.strict_json import limited, parse, show
@@ -34,6 +34,8 @@ class Artifact:
             ArtifactError: there is none; it was written by a newer txopt; or files are damaged, missing, not listed,
                 of a kind that is refused, or reach out of the directory: all of that in one message.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(f"artifact: expected the path of a directory, got {show(path)}")
         root = Path(path)
         try:
             found = listing(root)

@@ -28,8 +28,8 @@ def load(path: str | os.PathLike[str], *, device: str = "cpu", threads: int | No
 
     Args:
         path: the artifact's directory.
-        device: "cpu"; "cuda" for ONNX Runtime on a GPU; "tensorrt" for the artifact's engines on one. ":N" behind the latter two means
-            another GPU than the first.
+        device: "cpu"; "cuda" for ONNX Runtime on a GPU, "cuda-graphs" for the same with a decoder's steps as CUDA graphs; "tensorrt"
+            for the artifact's engines. ":N" behind the latter three means another GPU than the first.
         threads: engine threads, None for one per core.
 
     Raises:

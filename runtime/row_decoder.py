@@ -55,6 +55,7 @@ class RowDecoder:
                 for name, (dtype, _) in CHOICE.items()
                 if name in outputs
             }
+        self.chooses = "next" in self._chosen
         self.most_ranked = int(outputs["top_ids"].axes[1]) if "top_ids" in outputs else 0
         self._rows, self._group, self._first_of_group = rows, group, np.arange(rows) // group * group
         self._longest = 0  # the filled part of the buffers: no row is further

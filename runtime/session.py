@@ -42,7 +42,7 @@ class Session:
 
     Args:
         artifact: opened, so its hashes are checked already.
-        device: "cpu", "cuda" or "tensorrt", the latter two with ":N" for another GPU than the first.
+        device: "cpu", "cuda", "cuda-graphs" or "tensorrt", all but the first with ":N" for another GPU than the first.
         threads: engine threads, None for one per core.
         as_written: see ``ort.Runner``: what the graphs mean, without the engine's fusions.
 

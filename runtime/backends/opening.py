@@ -3,11 +3,15 @@
 Owns the names of devices. Each engine's library is imported only where its device is asked for.
 """
 
+import re
+
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.runner import Engines
 from txopt.runtime.errors import UsageError
+from txopt.runtime.strict_json import show
 
 KINDS = ("cpu", "cuda", "cuda-graphs", "tensorrt")
+ORDINAL = re.compile("[0-9]{1,4}")  # of a GPU
 
 
 def open_engines(artifact: Artifact, *, device: str, threads: int | None, as_written: bool) -> Engines:
@@ -18,11 +22,13 @@ def open_engines(artifact: Artifact, *, device: str, threads: int | None, as_wri
         MissingDependencyError: the device needs a package that is not installed.
         ArtifactError: a graph or an engine that cannot be opened.
     """
-    kind, _, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
-    numbered = ordinal.isascii() and (ordinal or "0").isdecimal()
-    if kind not in KINDS or not numbered or (kind == "cpu" and ordinal):
+    kind, colon, ordinal = device.partition(":") if isinstance(device, str) else ("", "", "")
+    numbered = not colon or (kind != "cpu" and ORDINAL.fullmatch(ordinal) is not None)
+    if kind not in KINDS or not numbered:
         named = ", ".join(f'"{kind}"' for kind in KINDS)
-        raise UsageError(f'device must be one of {named}, all but the first also with ":N" for GPU N, got {device!r}')
+        raise UsageError(
+            f'device must be one of {named}, all but the first also with ":N" for GPU N, got {show(device)}'
+        )
     if kind == "tensorrt":
         from txopt.runtime.backends.trt import open_plans
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from txopt.runtime.backends import cuda, tensors
 from txopt.runtime.backends.captures import RECORDING, Captures
-from txopt.runtime.backends.ort_session import Place, open_session, session_options
+from txopt.runtime.backends.ort_session import GRAPHS, Place, open_session, session_options
 from txopt.runtime.decoder import Ids
 from txopt.runtime.errors import InputError, MissingDependencyError, TxoptError
 from txopt.runtime.opened import Opened
@@ -147,7 +147,7 @@ class Runner:
     ) -> None:
         place = Place.of(device)
         self._device, self._ordinal, self._on_host = place.name, place.ordinal, place.name == "cpu"
-        self._gpu = None if self._on_host else _gpu(self._ordinal)
+        self._gpu = None if self._on_host else _gpu(place)
         self._turn: AbstractContextManager[Any] = RECORDING if place.graphs else nullcontext()
         options = session_options(threads, as_written=as_written)
         if weights:
@@ -245,14 +245,14 @@ class Runner:
         return dict(zip(names, binding.get_outputs(), strict=True))
 
 
-def _gpu(ordinal: int) -> cuda.Device | None:
+def _gpu(place: Place) -> cuda.Device | None:
     """The device, for who moves what lies there; None where there is no package to do it with."""
     try:
         bindings = cuda.bindings()
     except MissingDependencyError:
         return None
-    cuda.capability(bindings, ordinal, "cuda")
-    return cuda.Device(bindings, ordinal)
+    cuda.capability(bindings, place.ordinal, GRAPHS if place.graphs else "cuda")
+    return cuda.Device(bindings, place.ordinal)
 
 
 def _place(name: str, item: Value | Staged | tensors.Tensor) -> tuple[str, int, tuple[int, ...]]:

@@ -65,12 +65,12 @@ class Place:
         kind, _, ordinal = device.partition(":")
         if kind == "cpu":
             return cls(name="cpu")
-        if kind not in ("cuda", GRAPHS) or not (ordinal or "0").isdecimal():
+        if kind not in ("cuda", GRAPHS) or not (ordinal or "0").isdecimal() or len(ordinal) > 4:
             raise UsageError(f'device must be "cpu", "cuda", "{GRAPHS}", or the latter two with ":N", got {device!r}')
         if CUDA not in onnxruntime.get_available_providers():
             raise MissingDependencyError(
                 f'device="{kind}" needs ONNX Runtime\'s CUDA provider, which this onnxruntime does not have: '
-                "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+                'pip uninstall onnxruntime, then pip install "onnxruntime-gpu[cuda,cudnn]" cuda-bindings'
             )
         _load_libraries()
         return cls(name="cuda", ordinal=int(ordinal or 0), graphs=kind == GRAPHS)

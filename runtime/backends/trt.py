@@ -34,7 +34,8 @@ def open_plans(artifact: Artifact, number: int) -> Engines:
     sets = engines_of(artifact)
     if not sets:
         raise UsageError(
-            f"{artifact.path}: this artifact has no TensorRT engines; build them: txopt engine {artifact.path}"
+            f"{artifact.path}: this artifact has no TensorRT engines; build them: txopt engine {artifact.path} --capability SM89, "
+            "where nvidia-smi --query-gpu=compute_cap --format=csv says 8.9"
         )
     libraries = _libraries({one.runtime for one in sets})
     bindings = cuda.bindings()

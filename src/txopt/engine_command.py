@@ -71,7 +71,7 @@ def engine(
         kept=timing_cache,
     )
     if dry_run:
-        document = engines.plan(artifact, options)
+        document = engines.plan(artifact, options, out, overwrite=overwrite)
         console.result(document, of_planned(document))
         return
     with console.stages(engines.STAGES) as progress:

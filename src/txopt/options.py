@@ -32,5 +32,7 @@ ReportFile = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="write a page about what was lost and why, also of a refusal"),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, tensorrt, or one of these two with :N")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda-graphs or tensorrt; the GPU N by :N behind the latter three")
+]
 Threads = Annotated[int | None, typer.Option(help="engine threads; one per core where not given")]

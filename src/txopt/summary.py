@@ -180,6 +180,7 @@ def of_planned(document: dict[str, Any]) -> str:
     lines = [
         f"{document['artifact']}: would be built in {document['precision']} with {document['runtime']} for {for_whom}",
         f"  at most {sizes['batch']} sources{_of_length(document)}{_of_decoder(document)}",
+        *[f"  with {name.replace('_', '-')}" for name, given in document["options"].items() if given],
     ]
     for plan in document["plans"].values():
         lines.append(f"  {plan['file']}: {sum(plan['nodes'].values())} nodes")

@@ -145,6 +145,16 @@ def bart(positions: int) -> Any:
     return t.BartForConditionalGeneration(config)
 
 
+def test_a_start_beyond_the_vocabulary_is_refused_by_name(tmp_path: Path) -> None:
+    model = t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    )  # starts at 50256
+    with pytest.raises(
+        SourceError, match="bos_token_id: expected a token below 40, the size of the vocabulary, got 50256"
+    ):
+        export(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("positions", [2, 8])
 @pytest.mark.parametrize("make", [gpt2, bert, bart])
 def test_a_handful_of_positions_is_enough(make: Callable[[int], Any], positions: int, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from txopt.benchmarks.engine_graphs import graphs
 from txopt.cli import main
 from txopt.exporter import engine, engines, weights
 from txopt.exporter.engine import Engine, Switches
-from txopt.exporter.engines import Options
+from txopt.exporter.engines import Options, plan
 from txopt.exporter.lowering import tensorrt
+from txopt.exporter.pipeline import export
 from txopt.runtime.artifact import Artifact
 from txopt.runtime.backends.fitting import fitting
 from txopt.runtime.engines import FILE, Profile, engines_of
@@ -173,6 +174,29 @@ def test_the_command_refuses_the_sizes_of_a_decoder_where_there_is_none(
     assert engines.plan(path, Options(capabilities=("SM89",), batch=2, source=16))["plans"].keys() == {"encoder"}
 
 
+def test_zeros_of_two_types_that_are_the_same_bytes_are_built(tmp_path: Path) -> None:
+    """A fresh BERT: biases of zeros, and as many bytes of integers, which TensorRT-RTX must not find at one address."""
+    import transformers as t
+
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
+    model = t.BertForSequenceClassification(t.BertConfig(vocab_size=40, max_position_embeddings=64, **sizes)).eval()
+    artifact = export(model, tmp_path / "out", target="tensorrt", precision="fp16")
+    assert engines.build(artifact.path, None, Options(capabilities=("SM89",))).engines.plans.keys() == {"encoder"}
+
+
+def test_a_dry_run_refuses_the_places_that_a_build_does(artifacts: Make, tmp_path: Path) -> None:
+    artifact = artifacts("bart")
+    options = Options(capabilities=("SM89",))
+    with pytest.raises(UsageError, match="inside the artifact"):
+        plan(artifact.path, replace(options, kept=artifact.path / "kept"))
+    with pytest.raises(ArtifactError, match="an artifact is there already"):
+        plan(artifact.path, options, artifact.path)
+    assert plan(artifact.path, options, tmp_path / "out")["plans"]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="expected the path of a directory, got None"):
+        plan(None, options)  # type: ignore[arg-type]
+
+
 def test_an_input_that_nothing_reads_is_given_back(artifacts: Make, tmp_path: Path) -> None:
     """An encoder of several memories takes masks that only its decoder reads."""
     artifact = artifacts("bart")
@@ -199,5 +223,5 @@ def test_turing_builds_half_precision_alone(precision: str, builds: bool, artifa
     if builds:
         assert turing.build(tmp_path / "encoder.onnx", [profile], lambda done, total: None)[0].plan
     else:
-        with pytest.raises(UsageError, match="SM75 has no kernel for this precision"):
+        with pytest.raises(UsageError, match="SM75 builds float16 alone"):
             turing.build(tmp_path / "encoder.onnx", [profile], lambda done, total: None)

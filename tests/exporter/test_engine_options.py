@@ -151,10 +151,11 @@ def test_a_dry_run_says_what_there_is_of_sizes() -> None:
         "runtime": "tensorrt-rtx",
         "capabilities": ["SM89"],
         "precision": "fp32",
+        "options": {"weight_streaming": True, "refit": False},
         "sizes": Sizes.of(of_an_encoder_alone()).to_json(),
         "plans": {"encoder": {"file": "e.plan", "inputs": [], "outputs": [], "profiles": [profile], "nodes": {}}},
     }
-    assert of_planned(document).splitlines()[1] == "  at most 8 sources of 512"
+    assert of_planned(document).splitlines()[1:3] == ["  at most 8 sources of 512", "  with weight-streaming"]
     profile["axes"] |= {"R": [1, 32, 32], "Q": [1, 32, 64]}  # type: ignore[operator]
     assert (
         of_planned(document).splitlines()[1]

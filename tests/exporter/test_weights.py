@@ -53,6 +53,15 @@ def arrays() -> dict[str, np.ndarray]:
     return {name: generator.normal(size=size).astype(np.float32) for name, size in sizes.items()}
 
 
+def test_equal_bytes_of_two_dtypes_are_two_tensors(tmp_path: Path) -> None:
+    """TensorRT refuses weights that lie at one address and are of different counts."""
+    graph = model(bias=np.zeros(256, np.float16), shape=np.zeros(64, np.int64), same=np.zeros((16, 16), np.float16))
+    weights.write({"encoder": graph}, tmp_path)
+    found = places(tmp_path / "encoder.onnx")
+    assert found["bias"] == found["same"]
+    assert found["bias"] != found["shape"]
+
+
 def test_weights_are_shared_by_content_not_by_name(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
     encoder = model(embedding=arrays["large"], own=arrays["other"])
     decoder = model(tied=arrays["large"].copy(), again=arrays["large"].copy(), mine=arrays["odd"])
@@ -63,10 +72,10 @@ def test_weights_are_shared_by_content_not_by_name(tmp_path: Path, arrays: dict[
     assert len({first["embedding"], first["own"], second["mine"]}) == 3
 
 
-def test_the_same_bytes_of_another_shape_or_type_share_them_too(tmp_path: Path) -> None:
+def test_the_same_bytes_of_another_shape_share_them_too_and_of_another_type_do_not(tmp_path: Path) -> None:
     array = np.arange(1, 2049, dtype=np.int32)
     graph = model(a=array, b=array.reshape(64, 32).copy(), c=array.view(np.float32).copy())
-    assert weights.write({"encoder": graph}, tmp_path) == array.nbytes
+    assert weights.write({"encoder": graph}, tmp_path) == 2 * array.nbytes
     loaded = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "encoder.onnx").graph.initializer}
     np.testing.assert_array_equal(loaded["b"], array.reshape(64, 32))
     assert loaded["c"].dtype == np.float32

@@ -135,7 +135,11 @@ def test_threads_that_are_no_number_of_threads_are_refused(g2p: Artifact, thread
         load(g2p.path, threads=threads)
 
 
-@pytest.mark.parametrize("device", ["tpu", None, 3, "cpu:1", "cuda:x", "cuda:²", "tensorrt:-1", ["cpu"]])
+@pytest.mark.parametrize(
+    "device",
+    ["tpu", None, 3, "cpu:1", "cpu:", "cuda:", "cuda:x", "cuda:²", "cuda:" + "1" * 5000, "tensorrt:-1", ["cpu"]],
+    ids=lambda device: str(device)[:12],
+)
 def test_devices_that_are_none_are_refused(g2p: Artifact, device: Any) -> None:
     with pytest.raises(
         UsageError, match=r'device must be one of "cpu", "cuda", "cuda-graphs", "tensorrt", all .* got '
