@@ -253,7 +253,7 @@ def test_files_that_change_during_a_build_are_not_vouched_for(
         ({"source": 81}, "--max-source: expected an integer from 1 to 80, got 81"),
         ({"cache": 1}, "--cache-length: expected an integer from 2 to 80, got 1"),
         ({"batch": 1024, "beams": 1025}, "--max-batch times --max-beams: expected at most 1048576 rows, got 1049600"),
-        ({"prompt": 25}, "--max-prompt: expected an integer from 1 to 24, got 25"),
+        ({"prompt": 25}, "--max-prompt: expected an integer from 1 to 24, which is the cache's length .*, got 25"),
         (
             {"batch": 0, "beams": -1},
             r"--max-batch: expected an integer from 1(?s:.*)--max-beams: expected an integer from 1",
