@@ -18,15 +18,14 @@ from txopt.exporter.fusion.replace import replace
 from txopt.exporter.fusion.report import NOTHING, Barred, Report
 
 _MOVES = ("Cast", "Neg")
-_TO_INFINITY = (
+_SAYS_ANY = (
     "Cast",
     "Identity",
-    "IsInf",
-    "Max",
     "ReduceMax",
     "ReduceSum",
     "Reshape",
-)  # between x and whether any of it is infinite
+)  # behind IsInf: false where all it was asked of is
+_WIDER = (ir.DataType.FLOAT, ir.DataType.DOUBLE)  # what float16 and float32 may be cast to without becoming infinite
 
 
 def fuse(model: ir.Model, barred: Barred = NOTHING) -> Report:
@@ -83,23 +82,17 @@ def _chosen(value: ir.Value | None) -> tuple[ir.Node, int] | None:
 
 
 def _asks(overflowed: ir.Value | None, x: ir.Value) -> bool:
-    """Whether a condition says that any of ``x`` is infinite, of either sign."""
-    value, asked, whole = overflowed, False, False
-    while value is not None and value is not x:
-        node = value.producer()
-        if (
-            node is None
-            or node.op_type not in _TO_INFINITY
-            or len([each for each in node.inputs if each is not None]) > 2
-        ):
-            return False
-        if node.op_type == "IsInf":
-            if not all(node.attributes.get_int(name, 1) for name in ("detect_negative", "detect_positive")):
-                return False
-            asked = True
-        whole = whole or (node.op_type.startswith("Reduce") and not asked)
-        value = node.inputs[0]
-    return value is x and asked and whole
+    """Whether a condition is false wherever none of ``x`` is infinite, and asks for both signs."""
+    node = None if overflowed is None else overflowed.producer()
+    while node is not None and node.op_type in _SAYS_ANY:
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type != "IsInf":
+        return False
+    asked = node.inputs[0]
+    if asked is not None and asked is not x and (cast := asked.producer()) is not None and cast.op_type == "Cast":
+        asked = cast.inputs[0] if cast.attributes.get_int("to", 0) in _WIDER else None
+    both = all(node.attributes.get_int(name, 1) for name in ("detect_negative", "detect_positive"))
+    return asked is x and both
 
 
 def _bound(graph: ir.Graph, name: str, number: float, x: ir.Value) -> ir.Value:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from txopt.calibration.quantize import constant
 from txopt.exporter.graph import integers
-from txopt.runtime.graphs import GraphSpec, TensorSpec
+from txopt.runtime.graphs import CHOICE, GraphSpec, TensorSpec
 
 LOGITS = "logits"
 # Covers 2 * beams of every width in use and top_k's default of 50; TensorRT takes up to 3840.
@@ -31,11 +31,9 @@ def choice_specs(logits: TensorSpec) -> tuple[TensorSpec, ...]:
     vocabulary = logits.axes[-1]
     assert isinstance(vocabulary, int), "a manifest's logits have a known vocabulary"
     most = min(MOST, vocabulary)
-    return (
-        TensorSpec(name="next", dtype="int64", axes=("R",)),
-        TensorSpec(name="top_values", dtype="float32", axes=("R", most)),
-        TensorSpec(name="top_ids", dtype="int64", axes=("R", most)),
-        TensorSpec(name="log_sum", dtype="float32", axes=("R",)),
+    return tuple(
+        TensorSpec(name=name, dtype=dtype, axes=("R",) if numbers == 1 else ("R", most))
+        for name, (dtype, numbers) in CHOICE.items()
     )
 
 

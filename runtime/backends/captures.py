@@ -12,7 +12,7 @@ from typing import Any
 
 import onnxruntime
 
-MOST = 16  # graphs of a session: each keeps its own copy of the launches, some megabytes for a large decoder
+MOST = 16  # graphs of a session: each keeps its own copy of all launches
 _NONE = "-1"  # ONNX Runtime's number for a run that neither records nor replays
 
 # Held by whoever uses the GPU where graphs are recorded: meanwhile, CUDA lets nobody else in the process allocate there.

@@ -20,8 +20,9 @@ def graph(
     *,
     most: float = LARGEST,
     less: float = 64504.0,
-    asked: str = "x",
+    wide: str = "wide = Cast<to = 1>(x)",
     infinity: str = "IsInf",
+    some: str = "some = Cast<to = 9>(any)",
     lower: str = "n",
     bound: str = "h",
 ) -> ir.Model:
@@ -30,11 +31,11 @@ def graph(
         f"""(float16[R,4] x, float16[R,4] y) => (float16[R,4] z)
         <float most = {{{most}}}, float less = {{{less}}}>
         {{
-            wide = Cast<to = 1>({asked})
+            {wide}
             i = {infinity}(wide)
             c = Cast<to = 7>(i)
             any = ReduceMax<keepdims = 0>(c)
-            some = Cast<to = 9>(any)
+            {some}
             w = Where(some, less, most)
             m = Neg(w)
             n = Cast<to = 10>(m)
@@ -78,7 +79,11 @@ def test_what_overflowed_is_finite_and_other_rows_are_left_alone() -> None:
         {"most": 1000.0, "less": 10.0},
         {"less": 65504.0},
         {"less": -1.0},
-        {"asked": "y"},
+        {"wide": "wide = Cast<to = 1>(y)"},
+        {"wide": "all = ReduceSum<keepdims = 0>(x) wide = Cast<to = 1>(all)"},  # of finite numbers it may be infinite
+        {"wide": "half = Cast<to = 1>(x) wide = Cast<to = 10>(half)"},
+        {"some": "other = Cast<to = 9>(any) some = Not(other)"},
+        {"some": "also = Max(any, any) some = Cast<to = 9>(also)"},
         {"infinity": "IsInf<detect_negative = 0>"},
         {"infinity": "IsNaN"},
         {"lower": "h"},
